@@ -1,0 +1,1982 @@
+/// <reference types="bun-types" />
+/**
+ * A chat server in one file. It is meant to be read from top to bottom, in the order in which a message passes through:
+ *
+ *    socket ── text frame ──▶ receive     parses the frame, in the socket's dialect            Rooms.receive
+ *                                │
+ *                                ▼
+ *                              pace       a token bucket for each sender: slows, never drops   Rooms.pace
+ *                                │
+ *                                ▼
+ *                              broker     stores the post: it gets the room's next seq         Broker.append
+ *                                │        only what is stored goes on
+ *                                ▼
+ *                              deliver    one frame for all that was stored together,          Rooms.stored
+ *                                         server.publish(topic) ──▶ every socket of the room
+ *
+ * One direction, no way back. Two rules hold it together, and each is marked where it applies:
+ *   RULE 1  no `await` between storing and publishing: the order stored is the order seen;
+ *   RULE 2  no `await` between the last replayed message and `ws.subscribe`: nobody joins into a hole.
+ *
+ * Two dialects meet in every room. "Plain" sockets exchange bare texts. Sockets with the subprotocol `chat.v1` exchange
+ * the JSON objects typed below: they get names, history, presence, and every message with its place in the log.
+ */
+import { Database, type Statement } from "bun:sqlite";
+import { createHmac, createPrivateKey, scryptSync, timingSafeEqual, X509Certificate } from "node:crypto";
+import { readFileSync } from "node:fs";
+import { networkInterfaces } from "node:os";
+// As text, so that `bun build --compile` takes it into the executable.
+import pageSource from "./index.html" with { type: "text" };
+
+// ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** Bytes of UTF-8 in the text of one message. */
+const MAX_TEXT = 16 * 1024;
+/** Bytes of one WebSocket frame from a client; a longer one closes the connection with 1009. */
+const MAX_FRAME = 64 * 1024;
+/** Characters (Unicode code points) of a person's name. */
+const MAX_NAME = 32;
+/** Characters (Unicode code points) of a room's name. */
+const MAX_ROOM = 64;
+/** Frames that are not of the protocol before a connection is closed with 1008. */
+const MAX_STRIKES = 10;
+/** Messages in a page of history, and in the `hello` of somebody who starts afresh. */
+const PAGE_MESSAGES = 100;
+/** Messages that a client may have missed and still resume; past that it starts afresh. */
+const RESUME_MESSAGES = 1000;
+/** Bytes of text in one page or `hello`: a hundred messages of 16 KiB must not fill a phone's memory, or ours. */
+const PAGE_BYTES = 512 * 1024;
+/** Names in one presence frame; the count is always exact. */
+const PRESENCE_NAMES = 100;
+/** Milliseconds between two presence frames of a room. */
+const PRESENCE_MS = 1000;
+/** Milliseconds within which a second `typing` of the same person is not passed on. */
+const TYPING_MS = 2000;
+/** Seconds' worth of posts that a sender who was silent may send at once. */
+const BURST_SECONDS = 10;
+/** Bytes that may wait in one sender's queue before its socket is read no further. */
+const QUEUE_BYTES = 1024 * 1024;
+/** Bytes that a queued frame takes beside its text: so that many tiny frames are bounded too. */
+const QUEUE_FRAME_BYTES = 64;
+/** Bytes in all the queues that people left behind when they closed: past that, what they sent too fast is dropped. */
+const LEFT_BYTES = 16 * 1024 * 1024;
+/** Bytes that the server buffers for a reader that does not read. The frame that passes it is at most 256 KiB more. */
+const BACKPRESSURE_BYTES = 768 * 1024;
+/** Seconds of silence after which a socket is dead. Bun pings before that; under 60 s, so that proxies see traffic. */
+const IDLE_SECONDS = 50;
+/** Milliseconds for which posts are gathered under load. A person does not see it, and a system call for every socket and message is saved. */
+const GATHER_MS = 4;
+/** Posts, and bytes of text, that end the gathering at once. */
+const GATHER_POSTS = 64;
+const GATHER_BYTES = 64 * 1024;
+/** Messages that one step of trimming deletes, so that it never holds up a post for long. */
+const TRIM_MESSAGES = 1000;
+/** Bytes of a request's body: a password and no more. */
+const MAX_BODY = 4096;
+/** Seconds for which a session cookie is good. */
+const SESSION_SECONDS = 30 * 24 * 60 * 60;
+/** Wrong passwords from one address that cost nothing; each one more doubles the wait, from one second up to a minute. */
+const FREE_TRIES = 5;
+const MAX_WAIT_SECONDS = 60;
+/** Addresses whose wrong passwords are remembered, the newest; and the seconds after the last one until it is forgotten. */
+const MAX_ADDRESSES = 10_000;
+const FORGET_SECONDS = 15 * 60;
+/** Milliseconds between two looks for rooms that are to be forgotten. */
+const EXPIRE_MS = 24 * 60 * 60 * 1000;
+/** Milliseconds that `stop` waits for clients to answer its Close frame. */
+const STOP_MS = 2000;
+
+// ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
+
+/** A message as it is stored, and as every `chat.v1` client sees it. */
+export interface Message {
+  /** Its place in the room's log: 1, 2, 3 … without a gap. */
+  seq: number;
+  /** When the server received it: milliseconds since 1970. */
+  at: number;
+  /** Who sent it, as they called themselves; nothing proves it. */
+  name: string;
+  text: string;
+  /** The key that its sender gave it; absent on messages of plain sockets. */
+  key?: string;
+}
+
+/** What the server sends to a `chat.v1` client: one JSON object in each text frame. */
+export type ServerFrame =
+  | {
+      /** Always the first frame. */
+      type: "hello";
+      /** Names this log: another epoch is another log, whose seqs mean nothing in the old one. */
+      epoch: string;
+      /** The oldest and the newest seq kept; an empty log has 1 and 0. */
+      first: number;
+      last: number;
+      /** Whether `messages` is exactly what came after the client's `after`, or the newest page to start afresh from. */
+      resumed: boolean;
+      messages: Message[];
+      limits: { text: number; name: number };
+    }
+  | { type: "messages"; messages: Message[] }
+  | { type: "page"; messages: Message[] }
+  | { type: "ack"; key: string; seq: number }
+  | { type: "presence"; count: number; names: string[] }
+  | { type: "typing"; name: string }
+  | { type: "pong" }
+  | { type: "error"; code: ErrorCode; text: string; key?: string };
+
+/** What was wrong with a client's frame. Only `bad-frame` counts towards {@link MAX_STRIKES}. */
+export type ErrorCode = "bad-frame" | "bad-key" | "bad-name" | "empty" | "too-long";
+
+/** What a `chat.v1` client sends. A plain socket's frame becomes a `post` without a key. */
+export type ClientFrame =
+  | { type: "post"; key?: string; text: string }
+  | { type: "page"; before: number }
+  | { type: "name"; name: string }
+  | { type: "typing" }
+  | { type: "ping" };
+
+/** The fields that each type of client frame must have, and their types. Others are refused. */
+const CLIENT_FIELDS: Record<ClientFrame["type"], Record<string, "string" | "number">> = {
+  post: { key: "string", text: "string" },
+  page: { before: "number" },
+  name: { name: "string" },
+  typing: {},
+  ping: {},
+};
+
+/** Close codes: RFC 6455 section 7.4.1, the IANA registry (1013), and the private range (4401). */
+const CLOSE = {
+  goingDown: 1001,
+  binary: 1003,
+  protocol: 1008,
+  tooBig: 1009,
+  bug: 1011,
+  tryAgain: 1013,
+  password: 4401,
+} as const;
+
+const KEY = /^[A-Za-z0-9_-]{1,64}$/;
+const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
+
+/** What is wrong with a frame, for its sender. */
+class FrameError {
+  constructor(
+    readonly code: ErrorCode,
+    readonly text: string,
+  ) {}
+}
+
+/** Parses a `chat.v1` frame and checks its shape; what the values mean is checked where they are used. */
+function parseFrame(data: string): ClientFrame | FrameError {
+  let frame: unknown;
+  try {
+    frame = JSON.parse(data);
+  } catch {
+    return new FrameError("bad-frame", "The frame is not JSON.");
+  }
+  if (typeof frame !== "object" || frame === null || !("type" in frame)) {
+    return new FrameError("bad-frame", "The frame is not an object with a type.");
+  }
+  const { type, ...rest } = frame as { type: unknown; [field: string]: unknown };
+  if (typeof type !== "string" || !Object.hasOwn(CLIENT_FIELDS, type)) {
+    return new FrameError("bad-frame", `There is no such type. Types: ${Object.keys(CLIENT_FIELDS).join(", ")}.`);
+  }
+  const fields = CLIENT_FIELDS[type as ClientFrame["type"]];
+  for (const [field, kind] of Object.entries(fields)) {
+    if (typeof rest[field] !== kind) return new FrameError("bad-frame", `"${type}" needs a ${kind} "${field}".`);
+  }
+  if (Object.keys(rest).length !== Object.keys(fields).length) {
+    return new FrameError(
+      "bad-frame",
+      `"${type}" has no other fields than: ${["type", ...Object.keys(fields)].join(", ")}.`,
+    );
+  }
+  return frame as ClientFrame;
+}
+
+/** A message, built field by field, so that all have one shape and a plain one has no `key`. */
+function message(seq: number, at: number, name: string, text: string, key: string | null | undefined): Message {
+  return key ? { seq, at, name, text, key } : { seq, at, name, text };
+}
+
+/** The frame that carries messages to every `chat.v1` socket of a room. */
+function messagesFrame(messages: Message[]): string {
+  return encode({ type: "messages", messages });
+}
+
+function encode(frame: ServerFrame): string {
+  return JSON.stringify(frame);
+}
+
+/** Whether a text is longer than `max` bytes of UTF-8 (a UTF-16 unit takes one to three of them). */
+function longerThan(text: string, max: number): boolean {
+  return text.length > max || (text.length * 3 > max && Buffer.byteLength(text) > max);
+}
+
+/** A name as it is shown, or undefined when it is empty, longer than {@link MAX_NAME} or has control characters. */
+function cleanName(name: string): string | undefined {
+  const clean = name.normalize("NFC").toWellFormed().trim();
+  return clean === "" || [...clean].length > MAX_NAME || CONTROL.test(clean) ? undefined : clean;
+}
+
+/**
+ * The room that a path names: the decoded rest after `/ws/`, NFC-normalised; `""` is the lobby.
+ * Undefined when it cannot be decoded, is longer than {@link MAX_ROOM} or has control characters.
+ */
+function roomOf(path: string): string | undefined {
+  try {
+    const room = decodeURIComponent(path).normalize("NFC");
+    return [...room].length > MAX_ROOM || CONTROL.test(room) ? undefined : room;
+  } catch {
+    return undefined;
+  }
+}
+
+// ─── Configuration ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
+const SYNC_MODES = ["full", "normal"] as const;
+
+/** What a chat is started with: read once, checked once, frozen. */
+export interface Config {
+  /** TCP port, 0 to 65535; 0 takes a free one. */
+  readonly port: number;
+  /** Address to listen on; `""` is all interfaces, IPv4 and IPv6. */
+  readonly host: string;
+  /** SQLite database: a file, or `:memory:`. */
+  readonly db: string;
+  /** `full`: a commit is on the disk before anyone sees it. `normal`: it is with the operating system. */
+  readonly sync: (typeof SYNC_MODES)[number];
+  /** A Redis to use instead of SQLite, or `""`. */
+  readonly redisUrl: string;
+  /** What all keys of this chat in Redis begin with: other chats may share it. */
+  readonly prefix: string;
+  /** Messages kept in each room, 1 to 10,000,000. */
+  readonly history: number;
+  /** Days after the last message until a room is forgotten with its history, 0 to 36,500; 0 is never. */
+  readonly idleDays: number;
+  /** Messages a second for each connection, 0 to 1,000,000; 0 is no limit. */
+  readonly rate: number;
+  /** Origins (`https://a.example`) or hosts (`a.example:8443`) whose pages may connect beside the server's own; `*` is any. */
+  readonly origins: readonly string[];
+  /** Asked of everyone who comes in; `""` lets anyone in who reaches the port. */
+  readonly password: string;
+  /** Proxies in front, 0 to 10, whose `X-Forwarded-For` is believed; each adds the address it was reached from at the right. */
+  readonly proxies: number;
+  /** PEM files of a certificate and its key: both, to serve https and wss, or `""`. */
+  readonly tlsCert: string;
+  readonly tlsKey: string;
+  /** Whether other servers may listen on the same port (Linux): with Redis, they share the work. */
+  readonly reusePort: boolean;
+  readonly logLevel: (typeof LOG_LEVELS)[number];
+}
+
+/** A mistake of the operator, told in one line: a bad value, a port in use, a database that cannot be opened. */
+export class StartError extends Error {}
+
+/** A whole number from `min` to `max`. @throws StartError */
+function wholeNumber(variable: string, value: string, min: number, max: number): number {
+  const number = /^\d{1,9}$/.test(value) ? Number(value) : NaN;
+  if (number >= min && number <= max) return number;
+  throw new StartError(`${variable}=${value}: must be a whole number from ${min} to ${max}.`);
+}
+
+/** One of a few words. @throws StartError */
+function oneOf<T extends string>(variable: string, value: string, allowed: readonly T[]): T {
+  const found = allowed.find((word) => word === value);
+  if (found !== undefined) return found;
+  throw new StartError(`${variable}=${value}: must be one of ${allowed.join(", ")}.`);
+}
+
+/**
+ * Reads the configuration from environment variables; unset and empty ones take their defaults.
+ * @throws StartError that names the variable, its value and what is allowed
+ */
+export function readConfig(env: Record<string, string | undefined>): Config {
+  if (!env.TLS_CERT !== !env.TLS_KEY) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
+  return Object.freeze<Config>({
+    port: wholeNumber("PORT", env.PORT || "8080", 0, 65535),
+    host: env.HOST || "",
+    db: env.CHAT_DB || "chat.sqlite",
+    sync: oneOf("CHAT_SYNC", env.CHAT_SYNC || "full", SYNC_MODES),
+    redisUrl: env.REDIS_URL || "",
+    prefix: env.CHAT_PREFIX || "chat:",
+    idleDays: wholeNumber("CHAT_IDLE_DAYS", env.CHAT_IDLE_DAYS || "30", 0, 36_500),
+    history: wholeNumber("CHAT_HISTORY", env.CHAT_HISTORY || "10000", 1, 10_000_000),
+    rate: wholeNumber("CHAT_RATE", env.CHAT_RATE || "20", 0, 1_000_000),
+    origins: readOrigins(env.CHAT_ORIGINS || ""),
+    password: env.CHAT_PASSWORD || "",
+    proxies: wholeNumber("CHAT_PROXIES", env.CHAT_PROXIES || "0", 0, 10),
+    tlsCert: env.TLS_CERT || "",
+    tlsKey: env.TLS_KEY || "",
+    reusePort: wholeNumber("REUSE_PORT", env.REUSE_PORT || "0", 0, 1) === 1,
+    logLevel: oneOf("LOG_LEVEL", env.LOG_LEVEL || "info", LOG_LEVELS),
+  });
+}
+
+/** A list of origins or hosts, separated by commas, each as `URL` writes it. @throws StartError */
+function readOrigins(list: string): readonly string[] {
+  const entries = list
+    .split(",")
+    .map((entry) => entry.trim())
+    .filter((entry) => entry !== "");
+  return entries.map((entry) => {
+    if (entry === "*") return entry;
+    const url = URL.parse(entry.includes("://") ? entry : `http://${entry}`);
+    const bare = url && /^https?:$/.test(url.protocol) && `${url.pathname}${url.search}${url.hash}` === "/";
+    if (bare) return entry.includes("://") ? url.origin : url.host;
+    throw new StartError(
+      `CHAT_ORIGINS=${list}: must be origins (https://a.example) or hosts, separated by commas, or *.`,
+    );
+  });
+}
+
+type Log = (level: "error" | "info" | "debug", line: string) => void;
+
+/** A log that prints lines up to a level: errors to standard error, the rest to standard output. */
+function makeLog(upTo: Config["logLevel"]): Log {
+  return (level, line) => {
+    if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
+    if (level === "error") console.error(line);
+    else console.log(line);
+  };
+}
+
+// ─── Broker: what stores messages and says what is stored ────────────────────────────────────────────────────────────
+
+/** A post on its way to the log. */
+interface Post {
+  readonly room: string;
+  readonly at: number;
+  readonly name: string;
+  readonly text: string;
+  readonly key: string | undefined;
+  /** Who gets the `ack`, or is told that the post could not be stored. */
+  readonly sender: Member;
+}
+
+/** A room's log as it was when it was opened. */
+interface LogState {
+  readonly epoch: string;
+  /** Seqs of the oldest and the newest message; an empty log has 1 and 0. */
+  readonly first: number;
+  readonly last: number;
+}
+
+/** Who is in a room on one server. */
+interface Here {
+  readonly count: number;
+  /** Distinct, at most {@link PRESENCE_NAMES}. */
+  readonly names: string[];
+}
+
+/** Stores posts, gives each the next seq of its room, and tells {@link BrokerEvents} what happened to it. */
+interface Broker {
+  /**
+   * Opens a room's log and calls `opened` with its state. What is stored after that `last` is told to `stored`,
+   * until `close`. Rejects when the store cannot be reached.
+   */
+  open(room: string, opened: (state: LogState) => void): Promise<void>;
+  /** Ends what `open` began, when the last member has left. */
+  close(room: string): void;
+  /** Takes a post to store. Its outcome comes as an event: `stored`, `repeated` or `refused`. */
+  append(post: Post): void;
+  /** Messages of an open room with `from <= seq <= to`, ascending: the newest `limit` and {@link PAGE_BYTES} of them. */
+  read(room: string, from: number, to: number, limit: number): Promise<Message[]>;
+  /** Says who is in a room here, and returns who is in it on each server, this one first. */
+  present(room: string, here: Here): Promise<Here[]>;
+  /** Says that somebody here types; it goes to the other servers. */
+  typing(room: string, name: string): void;
+  /** Stores and tells what still waits, and closes the store. */
+  stop(): Promise<void>;
+}
+
+/** What a broker tells. */
+interface BrokerEvents {
+  /** Messages of a room that were stored together: ascending, without a gap after those told before. */
+  stored(room: string, messages: Message[]): void;
+  /** A post whose key is in the log already. */
+  repeated(post: Post, seq: number): void;
+  /** Posts that were not stored, as far as is known. */
+  refused(posts: Post[]): void;
+  /** A room's log cannot be followed any further: its members must come back and take it from there. */
+  lost(room: string): void;
+  /** Presence of a room changed on another server. */
+  presenceChanged(room: string): void;
+  /** Somebody on another server types. */
+  typing(room: string, name: string): void;
+}
+
+/** Collects posts to be stored together: those of one tick of the event loop, and under load those of {@link GATHER_MS}. */
+class Gatherer {
+  #posts: Post[] = [];
+  #bytes = 0;
+  #timer: Timer | undefined;
+  #immediate: ReturnType<typeof setImmediate> | undefined;
+  /** When posts were last handed on, on the monotonic clock. */
+  #flushedAt = -Infinity;
+
+  constructor(readonly store: (posts: Post[]) => void) {}
+
+  add(post: Post): void {
+    this.#posts.push(post);
+    this.#bytes += post.text.length;
+    if (this.#posts.length >= GATHER_POSTS || this.#bytes >= GATHER_BYTES) return this.flush();
+    if (this.#timer || this.#immediate) return;
+    // After a quiet moment a post waits only for the end of this tick.
+    const quiet = performance.now() - this.#flushedAt;
+    if (quiet >= GATHER_MS) this.#immediate = setImmediate(() => this.flush());
+    else this.#timer = setTimeout(() => this.flush(), GATHER_MS - quiet);
+  }
+
+  flush(): void {
+    clearTimeout(this.#timer);
+    clearImmediate(this.#immediate);
+    this.#timer = this.#immediate = undefined;
+    const posts = this.#posts;
+    if (posts.length === 0) return;
+    this.#posts = [];
+    this.#bytes = 0;
+    this.store(posts);
+    this.#flushedAt = performance.now();
+  }
+}
+
+/** Of messages that come newest first, as many as fit in {@link PAGE_BYTES}, but one at least: ascending. */
+function newestThatFit(newestFirst: Iterable<Message>): Message[] {
+  const messages: Message[] = [];
+  let bytes = 0;
+  for (const each of newestFirst) {
+    bytes += Buffer.byteLength(each.text);
+    if (bytes > PAGE_BYTES && messages.length > 0) break;
+    messages.push(each);
+  }
+  return messages.reverse();
+}
+
+// ─── Broker: SQLite, the default ─────────────────────────────────────────────────────────────────────────────────────
+
+/** A room's log as the SQLite broker knows it, while the room is open. */
+interface SqliteLog {
+  readonly room: string;
+  /** The room's row; 0 until its first message is stored, so that a visit alone leaves no trace. */
+  id: number;
+  readonly epoch: string;
+  /** The oldest row that is still in the table; trimming follows behind. */
+  oldest: number;
+  last: number;
+  /** The keys of the kept messages, oldest first. In memory, because an index on random keys costs ten times the insert. */
+  keys: Map<string, number> | undefined;
+}
+
+/** The messages of one room that are about to be stored together. */
+interface Batch {
+  readonly log: SqliteLog;
+  /** The room's row; made by the transaction, and true only once it is committed. */
+  id: number;
+  readonly messages: Message[];
+  readonly keys: Map<string, number>;
+  /** Posts whose key was there already, with its seq. */
+  readonly repeats: [Post, number][];
+}
+
+type Row = { seq: number; at: number; name: string; key: string | null; text: string };
+
+/** Keeps the logs in one SQLite file. Posts that wait together are committed in one transaction, then told. */
+class SqliteBroker implements Broker {
+  readonly #db: Database;
+  /** Held for life, so that a second server on the same file is refused; the system frees it when the process dies. */
+  readonly #lock: Database | undefined;
+  readonly #logs = new Map<string, SqliteLog>();
+  readonly #insert: Statement;
+  readonly #select: Statement<Row, [number, number, number, number]>;
+  /** Commits posts or nothing. */
+  readonly #transaction: (batches: Iterable<Batch>) => void;
+  readonly #gatherer = new Gatherer((posts) => this.#commit(posts));
+  #trimming: Timer | undefined;
+  readonly #expiring: Timer;
+  /** Whether the last commit failed: an outage is logged when it begins and when it ends. */
+  #failing = false;
+
+  /** @throws StartError when the database cannot be opened and written */
+  constructor(
+    readonly config: Config,
+    readonly events: BrokerEvents,
+    readonly log: Log,
+  ) {
+    try {
+      this.#lock = config.db === ":memory:" ? undefined : lockDatabase(`${config.db}-lock`);
+      this.#db = openDatabase(config.db, config.sync);
+    } catch (error) {
+      this.#lock?.close();
+      const locked = (error as { code?: string }).code === "SQLITE_BUSY";
+      const why = locked ? "another process holds it; is a second server running?" : `${(error as Error).message}.`;
+      throw new StartError(`CHAT_DB=${config.db}: the database cannot be opened and written: ${why}`);
+    }
+    this.#insert = this.#db.query("INSERT INTO messages (room, seq, at, name, key, text) VALUES (?, ?, ?, ?, ?, ?)");
+    this.#select = this.#db.query(
+      "SELECT seq, at, name, key, text FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC LIMIT ?",
+    );
+    this.#transaction = this.#db.transaction((batches: Iterable<Batch>) => {
+      for (const batch of batches) this.#store(batch);
+    }).immediate;
+    this.#expiring = setInterval(() => this.#expireRooms(), EXPIRE_MS);
+    this.#expireRooms();
+  }
+
+  async open(room: string, opened: (state: LogState) => void): Promise<void> {
+    const found = this.#db
+      .query<{ id: number; epoch: string; oldest: number | null; last: number | null }, [string]>(
+        `SELECT id, epoch, (SELECT min(seq) FROM messages WHERE room = id) AS oldest,
+                           (SELECT max(seq) FROM messages WHERE room = id) AS last FROM rooms WHERE name = ?`,
+      )
+      .get(room);
+    const { id = 0, epoch = newEpoch(), oldest, last } = found ?? {};
+    const log: SqliteLog = { room, id, epoch, oldest: oldest ?? 1, last: last ?? 0, keys: undefined };
+    this.#logs.set(room, log);
+    opened({ epoch, first: log.oldest, last: log.last });
+  }
+
+  close(room: string): void {
+    // Posts of people who just left may wait: stored after a new `open`, they would take seqs that it does not know of.
+    this.#gatherer.flush();
+    this.#logs.delete(room);
+  }
+
+  append(post: Post): void {
+    this.#gatherer.add(post);
+  }
+
+  async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
+    const rows = Iterator.from(this.#select.iterate(this.#logs.get(room)?.id ?? 0, from, to, limit));
+    return newestThatFit(rows.map(({ seq, at, name, text, key }) => message(seq, at, name, text, key)));
+  }
+
+  async present(_room: string, here: Here): Promise<Here[]> {
+    return [here]; // one server is all there is
+  }
+
+  typing(): void {}
+
+  async stop(): Promise<void> {
+    this.#gatherer.flush();
+    clearTimeout(this.#trimming);
+    clearInterval(this.#expiring);
+    this.#db.close();
+    this.#lock?.close();
+  }
+
+  /** Stores posts in one transaction and tells what became of them. */
+  #commit(posts: Post[]): void {
+    const batches = new Map<string, Batch>();
+    try {
+      for (const post of posts) this.#assign(post, batches);
+      this.#transaction(batches.values());
+    } catch (error) {
+      if (!this.#failing)
+        this.log("error", `The database cannot be written, posts are refused: ${(error as Error).message}`);
+      this.#failing = true;
+      return this.events.refused(posts);
+    }
+    if (this.#failing) this.log("error", "The database can be written again.");
+    this.#failing = false;
+    // RULE 1: no await from the commit to here, nor in `stored`.
+    for (const batch of batches.values()) this.#tell(batch);
+  }
+
+  /** Gives a post the next seq of its room, or finds that it is there already. */
+  #assign(post: Post, batches: Map<string, Batch>): void {
+    let batch = batches.get(post.room);
+    if (!batch) {
+      const log = this.#logs.get(post.room);
+      if (!log) throw new Error("A post came after its room was closed.");
+      log.keys ??= this.#loadKeys(log);
+      batches.set(post.room, (batch = { log, id: log.id, messages: [], keys: new Map(), repeats: [] }));
+    }
+    const { log, messages, keys, repeats } = batch;
+    const known = post.key && (log.keys?.get(post.key) ?? keys.get(post.key));
+    if (known) return void repeats.push([post, known]);
+    const seq = log.last + messages.length + 1;
+    if (post.key) keys.set(post.key, seq);
+    messages.push(message(seq, post.at, post.name, post.text, post.key));
+  }
+
+  /** Writes one room's messages, inside the transaction. */
+  #store(batch: Batch): void {
+    if (batch.id === 0) {
+      const created = this.#db
+        .query("INSERT INTO rooms (name, epoch) VALUES (?, ?)")
+        .run(batch.log.room, batch.log.epoch);
+      batch.id = Number(created.lastInsertRowid);
+    }
+    for (const { seq, at, name, key, text } of batch.messages) {
+      this.#insert.run(batch.id, seq, at, name, key ?? null, text);
+    }
+  }
+
+  /** Makes what was committed true in memory, and tells it. */
+  #tell({ log, id, messages, keys, repeats }: Batch): void {
+    log.id = id;
+    log.last += messages.length;
+    for (const [key, seq] of keys) log.keys?.set(key, seq);
+    this.#forgetKeys(log);
+    if (messages.length > 0) this.events.stored(log.room, messages);
+    for (const [post, seq] of repeats) this.events.repeated(post, seq);
+    if (log.last - log.oldest + 1 >= this.config.history + TRIM_MESSAGES) this.#trimSoon(log);
+  }
+
+  #loadKeys(log: SqliteLog): Map<string, number> {
+    const rows = this.#db
+      .query<{ key: string; seq: number }, [number, number]>(
+        "SELECT key, seq FROM messages WHERE room = ? AND seq > ? AND key IS NOT NULL ORDER BY seq",
+      )
+      .all(log.id, log.last - this.config.history);
+    return new Map(rows.map(({ key, seq }) => [key, seq]));
+  }
+
+  /** Forgets the keys of messages that are no longer kept: they stand first in the map. */
+  #forgetKeys(log: SqliteLog): void {
+    if (!log.keys) return;
+    for (const [key, seq] of log.keys) {
+      if (seq > log.last - this.config.history) break;
+      log.keys.delete(key);
+    }
+  }
+
+  /** Deletes the oldest messages of a room, a step at a time, when nothing else is to do. */
+  #trimSoon(log: SqliteLog): void {
+    this.#trimming ??= setTimeout(() => {
+      this.#trimming = undefined;
+      const kept = log.last - this.config.history;
+      const upTo = Math.min(kept, log.oldest + TRIM_MESSAGES - 1);
+      try {
+        this.#db.query("DELETE FROM messages WHERE room = ? AND seq <= ?").run(log.id, upTo);
+        log.oldest = upTo + 1;
+      } catch (error) {
+        return this.log("error", `The history cannot be trimmed: ${(error as Error).message}`);
+      }
+      if (upTo < kept) this.#trimSoon(log);
+    }, GATHER_MS);
+  }
+
+  /** Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, as Redis does by itself. */
+  #expireRooms(): void {
+    if (this.config.idleDays === 0) return;
+    const idle = this.#db.query<{ id: number; name: string }, [number]>(
+      `SELECT id, name FROM rooms
+       WHERE (SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1) < ?`,
+    );
+    const before = Date.now() - this.config.idleDays * 24 * 60 * 60 * 1000;
+    const forget = this.#db.transaction((id: number) => {
+      this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
+      this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
+    });
+    try {
+      for (const { id, name } of idle.all(before)) if (!this.#logs.has(name)) forget(id);
+    } catch (error) {
+      this.log("error", `Idle rooms cannot be forgotten: ${(error as Error).message}`);
+    }
+  }
+}
+
+/** A random name for a log: another log never has it. */
+function newEpoch(): string {
+  return Buffer.from(crypto.getRandomValues(new Uint8Array(8))).toString("hex");
+}
+
+/** Takes the lock that keeps a second server off the database. @throws when it is taken */
+function lockDatabase(path: string): Database {
+  const lock = new Database(path);
+  lock.run("PRAGMA locking_mode = EXCLUSIVE");
+  lock.run("BEGIN EXCLUSIVE");
+  return lock;
+}
+
+/** Opens the database for reading and writing, with its tables. @throws when that is not possible */
+function openDatabase(path: string, sync: Config["sync"]): Database {
+  const db = new Database(path, { create: true, readwrite: true, strict: true });
+  db.run("PRAGMA busy_timeout = 500");
+  db.run("PRAGMA journal_mode = WAL");
+  db.run(`PRAGMA synchronous = ${sync}`);
+  db.run(`CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)`);
+  db.run(`CREATE TABLE IF NOT EXISTS messages (
+    room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
+    PRIMARY KEY (room, seq)) WITHOUT ROWID`);
+  db.run("PRAGMA user_version = 1"); // The first write: a read-only file or a full disk is found now, not at the first post.
+  return db;
+}
+
+// ─── Broker: Redis, for more than one server ─────────────────────────────────────────────────────────────────────────
+//
+// Keys, after CHAT_PREFIX:   room:<room>   hash: epoch, last          log:<room>   stream: the messages, `<seq>-0` each
+//                            keys:<room>   hash: key → seq            feed         stream: what happened, in all rooms
+//                            here:<server>:<room>   presence          servers      sorted set: the servers that live
+//
+// A post is stored by one script, which dedups, counts and writes log and feed in one step. Every server follows the feed
+// on a connection of its own: it alone publishes, in the order it reads. Streams, not pub/sub: after an outage the
+// tail goes on where it was, and finds in the logs what the feed no longer has.
+
+/** Milliseconds that a tail read waits in Redis, and past which, with the margin, its connection is dead. */
+const BLOCK_MS = 2000;
+const BLOCK_MARGIN_MS = 1500;
+/** Milliseconds for any other answer of Redis. */
+const REDIS_MS = 2500;
+/** Milliseconds without the feed after which this server sends its members away, to try again until it is back. */
+const AWAY_MS = 3000;
+/** Milliseconds between two tries to reach Redis: the first, and the longest. */
+const RETRY_MS = 50;
+const MAX_RETRY_MS = 1000;
+/** Entries of the feed that are kept: what a server may lag behind before it must look into the logs. */
+const FEED_ENTRIES = 4096;
+/** Milliseconds between two signs of life of a server, and seconds after the last one until its members are gone. */
+const HEARTBEAT_MS = 3000;
+const ALIVE_SECONDS = 9;
+/** Seconds that an empty room keeps its epoch when nobody posts. */
+const EMPTY_SECONDS = 3600;
+
+/** ARGV: prefix, history, seconds until an idle room expires (0: never), then room, epoch, at, name, text, key of each post. */
+const APPEND_SCRIPT = `
+local prefix, history, idle = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+local seqs = {}
+for i = 4, #ARGV, 6 do
+  local room, epoch, at, name, text, key = unpack(ARGV, i, i + 5)
+  local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
+  local known = key ~= '' and redis.call('HGET', keys, key)
+  if known then
+    seqs[#seqs + 1] = -known
+  else
+    redis.call('HSETNX', meta, 'epoch', epoch)
+    local seq = redis.call('HINCRBY', meta, 'last', 1)
+    redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
+    if key ~= '' then redis.call('HSET', keys, key, seq) end
+    redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch',
+      redis.call('HGET', meta, 'epoch'), 'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
+    if seq > history and seq % 100 == 0 then
+      for _, old in ipairs(redis.call('XRANGE', log, '-', (seq - history) .. '-0')) do
+        redis.call('HDEL', keys, old[2][8])
+      end
+      redis.call('XTRIM', log, 'MINID', seq - history + 1)
+    end
+    for _, name in ipairs({meta, log, keys}) do
+      if idle > 0 then redis.call('EXPIRE', name, idle) else redis.call('PERSIST', name) end
+    end
+    seqs[#seqs + 1] = seq
+  end
+end
+return seqs`;
+
+/** ARGV: prefix, room, an epoch in case it has none. Returns its epoch, the id of its oldest message, and the seq of its newest. */
+const OPEN_SCRIPT = `
+local meta = ARGV[1] .. 'room:' .. ARGV[2]
+if redis.call('EXISTS', meta) == 0 then
+  redis.call('HSET', meta, 'epoch', ARGV[3], 'last', 0)
+  redis.call('EXPIRE', meta, ${EMPTY_SECONDS})
+end
+local oldest = redis.call('XRANGE', ARGV[1] .. 'log:' .. ARGV[2], '-', '+', 'COUNT', 1)[1]
+return {redis.call('HGET', meta, 'epoch'), oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')}`;
+
+/** ARGV: prefix, this server, seconds. Says that this server lives, and returns all that do. */
+const ALIVE_SCRIPT = `
+local servers, now = ARGV[1] .. 'servers', tonumber(redis.call('TIME')[1])
+redis.call('ZREMRANGEBYSCORE', servers, '-inf', now)
+redis.call('ZADD', servers, now + ARGV[3], ARGV[2])
+return redis.call('ZRANGE', servers, 0, -1)`;
+
+/** A room's log as the Redis broker knows it, while the room is open here. */
+interface RedisLog {
+  readonly room: string;
+  epoch: string;
+  /** The newest seq that was told; undefined while the log is being opened. */
+  last: number | undefined;
+  /** What the feed brought while the log was being opened. */
+  early: Entry[];
+  /** What this server last said of the room's presence. */
+  here: string;
+}
+
+/** A stored message, as the feed brings it. */
+interface Entry {
+  readonly epoch: string;
+  readonly message: Message;
+}
+
+/** An entry of a stream: its id, and its fields and values in turn. */
+type StreamEntry = [id: string, fields: string[]];
+
+/** Keeps the logs in Redis, which any number of servers share. */
+class RedisBroker implements Broker {
+  /** This server's name among those that share the Redis. */
+  readonly #server = newEpoch();
+  readonly #logs = new Map<string, RedisLog>();
+  readonly #gatherer = new Gatherer((posts) => void this.#append(posts));
+  /** The connection for all but the tail; undefined until it is needed, and after it failed. */
+  #commands: Bun.RedisClient | undefined;
+  /** How far the feed was read; undefined until it was first reached. */
+  #cursor: string | undefined;
+  /** When messages were last told, on the monotonic clock. */
+  #toldAt = -Infinity;
+  /** Whether the feed is out of reach: rooms cannot be opened, posts are refused. */
+  #away = true;
+  #awayTimer: Timer | undefined;
+  #heartbeat: Timer | undefined;
+  /** The servers that live, as of the last heartbeat. */
+  #alive: string[] = [];
+  #stopped = false;
+
+  /** @throws StartError when the address cannot be one of a Redis */
+  constructor(
+    readonly config: Config,
+    readonly events: BrokerEvents,
+    readonly log: Log,
+  ) {
+    try {
+      connectRedis(config.redisUrl).close();
+    } catch (error) {
+      throw new StartError(`REDIS_URL=${config.redisUrl}: ${(error as Error).message}.`);
+    }
+  }
+
+  /** Begins to follow the feed; resolves when Redis was reached, or when it is clear that it is away for now. */
+  async start(): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    void this.#follow(resolve);
+    this.#heartbeat = setInterval(() => void this.#beat(), HEARTBEAT_MS);
+    await promise;
+  }
+
+  async open(room: string, opened: (state: LogState) => void): Promise<void> {
+    if (this.#away) throw new Error("Redis cannot be reached");
+    const log: RedisLog = { room, epoch: "", last: undefined, early: [], here: "" };
+    this.#logs.set(room, log);
+    const state = await this.#state(room);
+    log.epoch = state.epoch;
+    log.last = state.last;
+    opened(state);
+    await this.#take(log, log.early.splice(0));
+  }
+
+  close(room: string): void {
+    const log = this.#logs.get(room);
+    this.#logs.delete(room);
+    if (!log || log.here === "" || this.#away || this.#stopped) return;
+    const said = this.#send("DEL", [this.#hereKey(this.#server, room)]).then(() => this.#feed("here", room, ""));
+    said.catch(ignore);
+  }
+
+  append(post: Post): void {
+    if (this.#away) this.events.refused([post]);
+    else this.#gatherer.add(post);
+  }
+
+  async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
+    const range = [`${this.config.prefix}log:${room}`, `${to}-0`, `${from}-0`, "COUNT", `${limit}`];
+    const entries = from > to ? [] : ((await this.#send("XREVRANGE", range)) as StreamEntry[]);
+    const messages = entries.map(([id, [, at, , name, , text, , key]]) =>
+      message(Number.parseInt(id), Number(at), name ?? "", text ?? "", key),
+    );
+    return newestThatFit(messages);
+  }
+
+  async present(room: string, here: Here): Promise<Here[]> {
+    const log = this.#logs.get(room);
+    const own = JSON.stringify(here);
+    if (log && log.here !== own) {
+      log.here = own;
+      await this.#send("SET", [this.#hereKey(this.#server, room), own, "EX", `${ALIVE_SECONDS}`]);
+      await this.#feed("here", room, "");
+    }
+    const others = this.#alive.filter((server) => server !== this.#server);
+    if (others.length === 0) return [here];
+    const said = (await this.#send(
+      "MGET",
+      others.map((server) => this.#hereKey(server, room)),
+    )) as (string | null)[];
+    return [here, ...said.flatMap((each) => (each === null ? [] : [JSON.parse(each) as Here]))];
+  }
+
+  typing(room: string, name: string): void {
+    if (this.#alive.length > 1) this.#feed("typing", room, name).catch(ignore);
+  }
+
+  async stop(): Promise<void> {
+    this.#gatherer.flush();
+    clearInterval(this.#heartbeat);
+    clearTimeout(this.#awayTimer);
+    // All that this server has sent to Redis is answered before this is; what it stored, the tail tells until then.
+    if (!this.#away) await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]).catch(ignore);
+    const last = (this.#away ? null : await this.#lastOfFeed().catch(ignore)) ?? "0-0";
+    const deadline = performance.now() + REDIS_MS;
+    while (idBefore(this.#cursor ?? last, last) && performance.now() < deadline) await Bun.sleep(GATHER_MS);
+    this.#stopped = true;
+    this.#commands?.close();
+  }
+
+  /** Stores posts in one round trip. Those that are stored come back by the feed; the rest is told here. */
+  async #append(posts: Post[]): Promise<void> {
+    const { prefix, history, idleDays } = this.config;
+    const args = [prefix, `${history}`, `${idleDays * 24 * 60 * 60}`];
+    for (const { room, at, name, text, key } of posts) {
+      const log = this.#logs.get(room);
+      // A log that had messages and is gone begins again with an epoch of its own.
+      args.push(room, log?.last === 0 ? log.epoch : newEpoch(), `${at}`, name, text, key ?? "");
+    }
+    try {
+      const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
+      for (const [i, post] of posts.entries())
+        if ((seqs[i] as number) < 0) this.events.repeated(post, -(seqs[i] as number));
+    } catch (error) {
+      this.log("error", `Redis did not take ${posts.length} posts: ${(error as Error).message}`);
+      this.events.refused(posts);
+    }
+  }
+
+  // ── The tail ──
+
+  /** Follows the feed for ever, each time on a new connection. */
+  async #follow(tried: () => void): Promise<void> {
+    for (let retry = RETRY_MS; !this.#stopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
+      const tail = connectRedis(this.config.redisUrl);
+      try {
+        await this.#catchUp();
+        this.#back();
+        retry = RETRY_MS;
+        tried();
+        while (!this.#stopped) await this.#readFeed(tail);
+      } catch (error) {
+        if (!this.#stopped) this.#gone(error as Error);
+        tried();
+      } finally {
+        tail.close();
+      }
+      if (!this.#stopped) await Bun.sleep(retry);
+    }
+  }
+
+  /** Reads the feed once, and tells what it says. */
+  async #readFeed(tail: Bun.RedisClient): Promise<void> {
+    // Under load entries gather in the feed, as posts do before they are stored.
+    await Bun.sleep(Math.max(0, this.#toldAt + GATHER_MS - performance.now()));
+    const feed = `${this.config.prefix}feed`;
+    const args = ["COUNT", "1000", "BLOCK", `${BLOCK_MS}`, "STREAMS", feed, this.#cursor as string];
+    const reply = (await inTime(tail.send("XREAD", args), BLOCK_MS + BLOCK_MARGIN_MS)) as Record<
+      string,
+      StreamEntry[]
+    > | null;
+    if (reply === null) {
+      // Silence. But a feed that was emptied and counts anew would be silent too.
+      const last = await this.#lastOfFeed();
+      if (this.#cursor !== "0-0" && (last === null || idBefore(last, this.#cursor as string))) {
+        this.#cursor = "0-0";
+        await this.#catchUp();
+      }
+      return;
+    }
+    const byRoom = new Map<RedisLog, Entry[]>();
+    for (const [id, fields] of reply[feed] ?? []) {
+      this.#cursor = id;
+      const [, room = "", , epoch = ""] = fields;
+      const log = this.#logs.get(room);
+      if (!log) continue;
+      if (fields[2] === "from") this.#hear(room, fields);
+      else {
+        const [, , , , , seq, , at, , name = "", , text = "", , key] = fields;
+        const entry = { epoch, message: message(Number(seq), Number(at), name, text, key) };
+        const entries = byRoom.get(log);
+        if (entries) entries.push(entry);
+        else byRoom.set(log, [entry]);
+      }
+    }
+    for (const [log, entries] of byRoom) await this.#take(log, entries);
+    if (byRoom.size > 0) this.#toldAt = performance.now();
+  }
+
+  /** Another server tells that presence changed, or that somebody types. */
+  #hear(room: string, [, , , from, , what, , name = ""]: string[]): void {
+    if (from === this.#server) return;
+    if (what === "typing") this.events.typing(room, name);
+    else this.events.presenceChanged(room);
+  }
+
+  /** Tells stored messages of a room, exactly those after the last one told. */
+  async #take(log: RedisLog, entries: Entry[]): Promise<void> {
+    if (log.last === undefined) return void log.early.push(...entries);
+    let messages: Message[] = [];
+    for (const { epoch, message } of entries) {
+      if (epoch !== log.epoch) return this.#lose(log);
+      if (message.seq <= log.last + messages.length) continue;
+      if (message.seq > log.last + messages.length + 1) {
+        // The feed was cut before this server had read it: the log has the rest.
+        messages = await this.read(log.room, log.last + 1, message.seq, RESUME_MESSAGES);
+        if (messages.length !== message.seq - log.last) return this.#lose(log);
+      } else messages.push(message);
+    }
+    if (messages.length === 0 || this.#logs.get(log.room) !== log) return;
+    log.last += messages.length;
+    this.events.stored(log.room, messages); // RULE 1: the tail alone tells, in the order it reads
+  }
+
+  /** After a connection was lost, or the feed emptied: brings every open room up to date, or loses it. */
+  async #catchUp(): Promise<void> {
+    this.#cursor ??= (await this.#lastOfFeed()) ?? "0-0";
+    const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
+    const states = await Promise.all(logs.map((log) => this.#state(log.room)));
+    for (const [i, log] of logs.entries()) {
+      const { epoch, last } = states[i] as LogState;
+      if (epoch !== log.epoch || last < (log.last as number)) this.#lose(log);
+      else if (last > (log.last as number)) {
+        const messages = await this.read(log.room, (log.last as number) + 1, last, RESUME_MESSAGES);
+        await this.#take(
+          log,
+          messages.map((message) => ({ epoch, message })),
+        );
+      }
+    }
+  }
+
+  /** A room's log is another one now, or too far ahead: its members come back and take it from there. */
+  #lose(log: RedisLog): void {
+    if (this.#logs.get(log.room) === log) this.events.lost(log.room);
+  }
+
+  #back(): void {
+    clearTimeout(this.#awayTimer);
+    this.#awayTimer = undefined;
+    if (this.#away) this.log("info", "Redis is there.");
+    this.#away = false;
+    void this.#beat();
+  }
+
+  /** The feed is out of reach. A short while is bridged; then members are sent to try again, here or at another server. */
+  #gone(error: Error): void {
+    if (!this.#awayTimer) this.log("error", `Redis cannot be reached: ${error.message}`);
+    this.#awayTimer ??= setTimeout(() => {
+      this.#away = true;
+      for (const room of [...this.#logs.keys()]) this.events.lost(room);
+    }, AWAY_MS);
+  }
+
+  // ── Presence ──
+
+  /** Says that this server lives and who is in its rooms, and finds out who else lives. */
+  async #beat(): Promise<void> {
+    if (this.#away || this.#stopped) return;
+    try {
+      const alive = (await this.#run(ALIVE_SCRIPT, [this.config.prefix, this.#server, `${ALIVE_SECONDS}`])) as string[];
+      const changed = alive.toSorted().join() !== this.#alive.toSorted().join();
+      this.#alive = alive;
+      const logs = [...this.#logs.values()];
+      if (changed) for (const { room } of logs) this.events.presenceChanged(room);
+      const shared = logs.filter(({ here }) => here !== "");
+      const keep = ({ room, here }: RedisLog) =>
+        this.#send("SET", [this.#hereKey(this.#server, room), here, "EX", `${ALIVE_SECONDS}`]);
+      await Promise.all(shared.map(keep));
+    } catch (error) {
+      this.log("debug", `A heartbeat failed: ${(error as Error).message}`);
+    }
+  }
+
+  #hereKey(server: string, room: string): string {
+    return `${this.config.prefix}here:${server}:${room}`;
+  }
+
+  // ── Redis ──
+
+  async #state(room: string): Promise<LogState> {
+    const state = await this.#run(OPEN_SCRIPT, [this.config.prefix, room, newEpoch()]);
+    const [epoch, oldest, last] = state as [string, string, string];
+    return { epoch, first: Number.parseInt(oldest), last: Number(last) };
+  }
+
+  /** Writes what is not stored into the feed: four fields, where a message has seven. */
+  #feed(what: "here" | "typing", room: string, name: string): Promise<unknown> {
+    const fields = ["room", room, "from", this.#server, "what", what, "name", name];
+    return this.#send("XADD", [`${this.config.prefix}feed`, "MAXLEN", "~", `${FEED_ENTRIES}`, "*", ...fields]);
+  }
+
+  async #lastOfFeed(): Promise<string | null> {
+    const entries = await this.#send("XREVRANGE", [`${this.config.prefix}feed`, "+", "-", "COUNT", "1"]);
+    return (entries as StreamEntry[])[0]?.[0] ?? null;
+  }
+
+  /** Runs a script. It is sent whole: by its hash, a post could pass another one whose script Redis had yet to be given. */
+  #run(script: string, args: string[]): Promise<unknown> {
+    return this.#send("EVAL", [script, "0", ...args]);
+  }
+
+  /** Sends a command. A connection that fails or is silent for {@link REDIS_MS} is given up for a new one. */
+  async #send(command: string, args: string[]): Promise<unknown> {
+    const redis = (this.#commands ??= connectRedis(this.config.redisUrl));
+    try {
+      return await inTime(redis.send(command, args), REDIS_MS);
+    } catch (error) {
+      if ((error as { code?: string }).code !== "ERR_REDIS_SERVER_ERROR") {
+        if (this.#commands === redis) this.#commands = undefined;
+        redis.close();
+      }
+      throw error;
+    }
+  }
+}
+
+/** A connection that is made by its first command and never again: it is replaced instead. */
+function connectRedis(url: string): Bun.RedisClient {
+  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: REDIS_MS });
+}
+
+/** Rejects when a promise takes too long. */
+function inTime<T>(promise: Promise<T>, ms: number): Promise<T> {
+  const late = Promise.withResolvers<never>();
+  const timer = setTimeout(() => late.reject(new Error(`no answer in ${ms} ms`)), ms);
+  return Promise.race([promise, late.promise]).finally(() => clearTimeout(timer));
+}
+
+/** Whether a stream id comes before another. */
+function idBefore(one: string, other: string): boolean {
+  const [a = 0, b = 0] = one.split("-").map(Number);
+  const [c = 0, d = 0] = other.split("-").map(Number);
+  return a < c || (a === c && b < d);
+}
+
+/** For what may fail without harm. */
+function ignore(): null {
+  return null;
+}
+
+// ─── Rooms: who is where, and the way of a message ───────────────────────────────────────────────────────────────────
+
+type Socket = Bun.ServerWebSocket<Member>;
+
+/** Where a client that comes back left off. */
+interface Resume {
+  readonly epoch: string;
+  readonly after: number;
+}
+
+/** One connection, as `ws.data`. */
+class Member {
+  /** Set when the socket opens. */
+  ws!: Socket;
+  room!: Room;
+  /** Whether the hello was sent and messages arrive; frames that come before that wait in the queue. */
+  joined = false;
+  /** Whether the password is missing: the socket is closed as soon as it opens, and never enters its room. */
+  lockedOut = false;
+  /** Whether the socket has closed; what waits in the queue is still sent. */
+  left = false;
+  /** The token bucket: posts that may be sent now, and when that was true. */
+  tokens: number;
+  refilledAt = performance.now();
+  /** Frames that came too fast, in order; its size in bytes; and the timer that takes from it. */
+  queue: ClientFrame[] = [];
+  queueBytes = 0;
+  draining: Timer | undefined;
+  /** Frames that were not of the protocol. */
+  strikes = 0;
+  typedAt = -Infinity;
+
+  constructor(
+    readonly roomName: string,
+    /** The dialect: `chat.v1`, or plain. */
+    readonly chat: boolean,
+    public name: string,
+    /** Whether the name that was asked for could not be given. */
+    readonly badName: boolean,
+    readonly resume: Resume | undefined,
+    burst: number,
+  ) {
+    this.tokens = burst;
+  }
+}
+
+/** A room while somebody is in it. */
+class Room {
+  readonly members = new Set<Member>();
+  readonly chatTopic: string;
+  readonly plainTopic: string;
+  /** Members of `chat.v1` by name, how many have it, in the order of coming. */
+  readonly names = new Map<string, number>();
+  /** Members who have joined, in each dialect. */
+  chatCount = 0;
+  plainCount = 0;
+  /** Settles when the log is open; the three below are true from then on. */
+  opened!: Promise<void>;
+  epoch = "";
+  oldest = 1;
+  /** The newest seq that was delivered here. */
+  last = 0;
+  /** The hellos as they are now, by the `after` they answer: made once for each change, not once for each join. */
+  readonly hellos = new Map<number, Promise<string>>();
+  /** What was delivered since somebody who is joining began to read the log. */
+  readonly joining = new Set<Message[]>();
+  /** The last presence frame, when it went out, and the timer for the next. */
+  presence = "";
+  presenceAt = -Infinity;
+  presenceTimer: Timer | undefined;
+
+  constructor(readonly name: string) {
+    this.chatTopic = `chat.v1/${name}`;
+    this.plainTopic = `plain/${name}`;
+  }
+}
+
+const PONG = encode({ type: "pong" });
+/** The key in {@link Room.hellos} of the hello for those who start afresh. */
+const AFRESH = -1;
+
+/** All rooms of this server: takes frames in, hands posts to the broker, and gives what is stored to everyone. */
+class Rooms implements BrokerEvents {
+  broker!: Broker;
+  /** Set when the server goes down: from then on frames are ignored. */
+  stopping = false;
+  readonly #rooms = new Map<string, Room>();
+  /** Bytes in the queues of members who have closed. */
+  #leftBytes = 0;
+
+  constructor(
+    readonly config: Config,
+    readonly log: Log,
+    /** Sends a frame to every socket that subscribed to a topic. */
+    readonly publish: (topic: string, frame: string) => void,
+  ) {}
+
+  // ── In ──
+
+  /** A socket opened: joins its room. */
+  enter(ws: Socket): void {
+    const member = ws.data;
+    if (member.lockedOut) return ws.close(CLOSE.password, "A password is needed.");
+    member.ws = ws;
+    const room = this.#rooms.get(member.roomName) ?? this.#open(member.roomName);
+    member.room = room;
+    room.members.add(member);
+    this.#join(member, room).catch((error: Error) => {
+      this.log("error", `The log of room "${room.name}" cannot be read: ${error.message}`);
+      ws.close(CLOSE.tryAgain, "The store cannot be reached: try again.");
+    });
+  }
+
+  #open(name: string): Room {
+    const room = new Room(name);
+    this.#rooms.set(name, room);
+    room.opened = this.broker.open(name, ({ epoch, first, last }) => {
+      room.epoch = epoch;
+      room.oldest = first;
+      room.last = last;
+    });
+    return room;
+  }
+
+  async #join(member: Member, room: Room): Promise<void> {
+    await room.opened;
+    const missed: Message[] = [];
+    let hello = "";
+    if (member.chat) {
+      room.joining.add(missed);
+      hello = await this.#hello(room, member.resume).finally(() => room.joining.delete(missed));
+    }
+    // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
+    const { ws } = member;
+    if (ws.readyState !== WebSocket.OPEN) return;
+    if (member.chat) ws.send(hello);
+    if (missed.length > 0) ws.send(messagesFrame(missed));
+    ws.subscribe(member.chat ? room.chatTopic : room.plainTopic);
+    member.joined = true;
+    this.#count(room, member, +1);
+    if (member.badName) this.#complain(member, badName());
+    room.presence = ""; // whoever joins has not seen it, even if it is the same again
+    this.#presenceChanged(room);
+    this.log("info", `${ws.remoteAddress} joined ${describe(room)} (${member.chat ? member.name : "plain"})`);
+    this.#drain(member);
+  }
+
+  /** The hello for somebody who left off at `resume`, from the cache or from the log. */
+  #hello(room: Room, resume: Resume | undefined): Promise<string> {
+    const first = this.#first(room);
+    const resumable =
+      resume?.epoch === room.epoch &&
+      resume.after >= first - 1 &&
+      resume.after <= room.last &&
+      room.last - resume.after <= RESUME_MESSAGES;
+    const after = resumable ? resume.after : AFRESH;
+    let hello = room.hellos.get(after);
+    if (!hello) room.hellos.set(after, (hello = this.#makeHello(room, first, room.last, after)));
+    return hello;
+  }
+
+  async #makeHello(room: Room, first: number, last: number, after: number): Promise<string> {
+    const wanted = after === AFRESH ? PAGE_MESSAGES : last - after;
+    const found = wanted > 0 ? await this.broker.read(room.name, Math.max(first, last - wanted + 1), last, wanted) : [];
+    const resumed = after !== AFRESH && found.length === wanted; // fewer: they were too long for one frame
+    return encode({
+      type: "hello",
+      epoch: room.epoch,
+      first,
+      last,
+      resumed,
+      messages: resumed ? found : found.slice(-PAGE_MESSAGES),
+      limits: { text: MAX_TEXT, name: MAX_NAME },
+    });
+  }
+
+  /** The oldest seq that counts as kept; rows before it are about to be trimmed. */
+  #first(room: Room): number {
+    return Math.max(room.oldest, room.last - this.config.history + 1);
+  }
+
+  /** A frame arrived: receive. */
+  receive(ws: Socket, data: string | Buffer): void {
+    if (ws.readyState !== WebSocket.OPEN) return; // frames that were read together with one that closed the connection
+    if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
+    const member = ws.data;
+    if (!member.chat) return this.#pace(member, { type: "post", text: data });
+    const frame = parseFrame(data);
+    if (frame instanceof FrameError) return this.#complain(member, frame);
+    // A ping passes the queue, so that a sender who is slowed does not take the connection for dead.
+    if (frame.type === "ping") return void ws.send(PONG);
+    this.#pace(member, frame);
+  }
+
+  /** Acts on a frame at once while the sender keeps to the rate; else the frame waits its turn in the sender's queue. */
+  #pace(member: Member, frame: ClientFrame): void {
+    if (member.joined && member.queue.length === 0 && this.#takeToken(member)) return this.#act(member, frame);
+    member.queue.push(frame);
+    member.queueBytes += queueCost(frame);
+    if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
+    if (member.joined) this.#drainLater(member);
+  }
+
+  /** Takes as many frames from the queue as the rate allows. */
+  #drain(member: Member): void {
+    member.draining = undefined;
+    const before = member.queueBytes;
+    while (member.queue.length > 0 && this.#takeToken(member)) {
+      const frame = member.queue.shift() as ClientFrame;
+      member.queueBytes -= queueCost(frame);
+      this.#act(member, frame);
+    }
+    if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
+    if (member.left) this.#leftBytes -= before - member.queueBytes;
+    if (member.queue.length > 0) this.#drainLater(member);
+    else if (member.left) this.#release(member);
+  }
+
+  #drainLater(member: Member): void {
+    member.draining ??= setTimeout(() => this.#drain(member), 1000 / this.config.rate);
+  }
+
+  #takeToken(member: Member): boolean {
+    const { rate } = this.config;
+    if (rate === 0) return true;
+    const now = performance.now();
+    member.tokens = Math.min(rate * BURST_SECONDS, member.tokens + ((now - member.refilledAt) / 1000) * rate);
+    member.refilledAt = now;
+    if (member.tokens < 1) return false;
+    member.tokens--;
+    return true;
+  }
+
+  /** Does what a frame asks. */
+  #act(member: Member, frame: ClientFrame): void {
+    if (this.stopping) return;
+    if (frame.type === "post") this.#post(member, frame.text, frame.key);
+    else if (frame.type === "page") this.#page(member, frame.before);
+    else if (frame.type === "name") this.#rename(member, frame.name);
+    else if (frame.type === "typing") this.#typing(member);
+  }
+
+  /** Hands a post to the broker. */
+  #post(member: Member, text: string, key: string | undefined): void {
+    const { room, name } = member;
+    if (longerThan(text, MAX_TEXT)) {
+      const why = `A text has at most ${MAX_TEXT} bytes.`;
+      if (member.chat) this.#complain(member, new FrameError("too-long", why), key);
+      else member.ws.close(CLOSE.tooBig, why);
+      return;
+    }
+    if (member.chat && !KEY.test(key ?? "")) {
+      return this.#complain(
+        member,
+        new FrameError("bad-key", "A key is 1 to 64 characters of A-Z, a-z, 0-9, _ and -."),
+      );
+    }
+    if (member.chat && text === "") return this.#complain(member, new FrameError("empty", "The text is empty."), key);
+    // A lone surrogate has no UTF-8: it is replaced here, so that what is seen now and what is read later are the same.
+    this.broker.append({ room: room.name, at: Date.now(), name, text: text.toWellFormed(), key, sender: member });
+  }
+
+  #page(member: Member, before: number): void {
+    const { room, ws } = member;
+    if (!Number.isSafeInteger(before) || before < 1) {
+      return this.#complain(member, new FrameError("bad-frame", '"before" is a seq: a whole number from 1.'));
+    }
+    const to = Math.min(before - 1, room.last);
+    const from = Math.max(this.#first(room), to - PAGE_MESSAGES + 1);
+    this.broker.read(room.name, from, to, PAGE_MESSAGES).then(
+      (messages) => ws.send(encode({ type: "page", messages })),
+      () => ws.close(CLOSE.tryAgain, "The store cannot be reached: try again."),
+    );
+  }
+
+  #rename(member: Member, name: string): void {
+    const clean = cleanName(name);
+    if (clean === undefined) return this.#complain(member, badName());
+    if (member.joined) {
+      this.#countName(member.room, member.name, -1);
+      this.#countName(member.room, clean, +1);
+      this.#presenceChanged(member.room);
+    }
+    member.name = clean;
+  }
+
+  #typing(member: Member): void {
+    const now = performance.now();
+    if (now - member.typedAt < TYPING_MS) return;
+    member.typedAt = now;
+    // The one place for `ws.publish`: it leaves out the sender, as is right here.
+    member.ws.publish(member.room.chatTopic, encode({ type: "typing", name: member.name }));
+    this.broker.typing(member.room.name, member.name);
+  }
+
+  /** Tells a client what was wrong with its frame, and ends the connection that keeps sending something else. */
+  #complain(member: Member, { code, text }: FrameError, key?: string): void {
+    const known = key !== undefined && KEY.test(key);
+    member.ws.send(encode(known ? { type: "error", code, text, key } : { type: "error", code, text }));
+    if (code !== "bad-frame" || ++member.strikes < MAX_STRIKES) return;
+    member.ws.close(CLOSE.protocol, `${MAX_STRIKES} frames were not of the protocol chat.v1.`);
+  }
+
+  // ── Out ──
+
+  /** Messages were stored: deliver them. */
+  stored(name: string, messages: Message[]): void {
+    const room = this.#rooms.get(name);
+    if (!room) return;
+    room.last += messages.length;
+    room.hellos.clear();
+    for (const missed of room.joining) missed.push(...messages);
+    // RULE 1: still the same tick as the commit. `publish` says how the slowest reader did: nothing to act on.
+    if (room.chatCount > 0) this.publish(room.chatTopic, messagesFrame(messages));
+    if (room.plainCount > 0) for (const { text } of messages) this.publish(room.plainTopic, text);
+    if (this.config.logLevel !== "debug") return;
+    for (const { seq, name, text } of messages)
+      this.log("debug", `${describe(room)} #${seq} ${name}: ${JSON.stringify(text)}`);
+  }
+
+  repeated(post: Post, seq: number): void {
+    post.sender.ws.send(encode({ type: "ack", key: post.key as string, seq }));
+  }
+
+  refused(posts: Post[]): void {
+    for (const { sender } of posts) sender.ws.close(CLOSE.tryAgain, "The message could not be stored: try again.");
+  }
+
+  // ── Presence ──
+
+  #count(room: Room, member: Member, change: 1 | -1): void {
+    if (!member.chat) return void (room.plainCount += change);
+    room.chatCount += change;
+    this.#countName(room, member.name, change);
+  }
+
+  #countName(room: Room, name: string, change: 1 | -1): void {
+    const count = (room.names.get(name) ?? 0) + change;
+    if (count > 0) room.names.set(name, count);
+    else room.names.delete(name);
+  }
+
+  /** Sends presence at once when the last one is a second past, else when it is. */
+  #presenceChanged(room: Room): void {
+    const wait = room.presenceAt + PRESENCE_MS - performance.now();
+    room.presenceTimer ??= setTimeout(() => this.#sendPresence(room), Math.max(0, wait));
+  }
+
+  async #sendPresence(room: Room): Promise<void> {
+    room.presenceTimer = undefined;
+    room.presenceAt = performance.now();
+    const own: Here = {
+      count: room.chatCount + room.plainCount,
+      names: [...room.names.keys().take(PRESENCE_NAMES)],
+    };
+    const all = await this.broker.present(room.name, own).catch(() => [own]);
+    const count = all.reduce((sum, here) => sum + here.count, 0);
+    const names = [...new Set(all.flatMap((here) => here.names))].slice(0, PRESENCE_NAMES);
+    const frame = encode({ type: "presence", count, names });
+    if (frame === room.presence) return;
+    room.presence = frame;
+    this.publish(room.chatTopic, frame);
+  }
+
+  /** Presence changed on another server. */
+  presenceChanged(name: string): void {
+    const room = this.#rooms.get(name);
+    if (room) this.#presenceChanged(room);
+  }
+
+  /** Somebody types on another server. */
+  typing(name: string, who: string): void {
+    const room = this.#rooms.get(name);
+    if (room) this.publish(room.chatTopic, encode({ type: "typing", name: who }));
+  }
+
+  // ── Going ──
+
+  /** A socket closed. What it sent too fast is still sent: a script that posts 300 lines and ends loses none. */
+  leave(ws: Socket, code: number): void {
+    const member = ws.data;
+    if (member.lockedOut) return;
+    const { room } = member;
+    member.left = true;
+    if (member.joined) {
+      this.#count(room, member, -1);
+      this.#presenceChanged(room);
+      this.log("info", `${ws.remoteAddress} left ${describe(room)} (${code})`);
+    }
+    const keep = member.joined && !this.stopping && this.#leftBytes + member.queueBytes <= LEFT_BYTES;
+    member.joined = false;
+    if (!keep || member.queue.length === 0) return this.#release(member);
+    this.#leftBytes += member.queueBytes;
+  }
+
+  /** Nothing of a member is left to do; the last one closes the room. */
+  #release(member: Member): void {
+    const { room } = member;
+    clearTimeout(member.draining);
+    room.members.delete(member);
+    if (room.members.size === 0 && this.#rooms.get(room.name) === room) this.#close(room);
+  }
+
+  #close(room: Room): void {
+    clearTimeout(room.presenceTimer);
+    this.#rooms.delete(room.name);
+    this.broker.close(room.name);
+  }
+
+  /** A room's log is lost: whoever is in the room comes back to another one. */
+  lost(name: string): void {
+    const room = this.#rooms.get(name);
+    if (!room) return;
+    this.#close(room);
+    for (const { ws } of room.members) ws.close(CLOSE.tryAgain, "The log cannot be followed: come back.");
+  }
+
+  /** Closes every socket with 1001. What was delivered goes out before the Close frame. */
+  closeAll(): void {
+    for (const room of this.#rooms.values()) {
+      for (const { ws } of room.members) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
+    }
+  }
+}
+
+function badName(): FrameError {
+  return new FrameError("bad-name", `A name has 1 to ${MAX_NAME} characters, and no control characters.`);
+}
+
+function queueCost(frame: ClientFrame): number {
+  return QUEUE_FRAME_BYTES + (frame.type === "post" ? frame.text.length : 0);
+}
+
+function describe(room: Room): string {
+  return room.name === "" ? "the lobby" : `room "${room.name}"`;
+}
+
+// ─── Access: origin, password, address ───────────────────────────────────────────────────────────────────────────────
+
+/** Whether a request comes from the server's own page, from an allowed one, or from no page at all. RFC 6455 section 10.2. */
+function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
+  const origin = headers.get("origin");
+  if (origin === null || allowed.includes("*")) return true;
+  const url = URL.parse(origin);
+  if (!url) return false; // "null": a sandboxed frame or a local file
+  const own = URL.parse(`${url.protocol}//${headers.get("host")}`);
+  return url.host === own?.host || allowed.includes(url.origin) || allowed.includes(url.host);
+}
+
+/** The address that a request comes from, seen past as many proxies as are trusted. */
+function addressOf(request: Request, server: Bun.Server<Member>, proxies: number): string {
+  const socket = server.requestIP(request)?.address ?? "";
+  if (proxies === 0) return socket;
+  // Each proxy appends the address that it was reached from. Counted from the right, what a client made up is never reached.
+  const forwarded =
+    request.headers
+      .get("x-forwarded-for")
+      ?.split(",")
+      .map((address) => address.trim()) ?? [];
+  return forwarded[Math.max(0, forwarded.length - proxies)] || socket;
+}
+
+/** Wrong passwords from one address. */
+interface Tries {
+  count: number;
+  /** When the last one was made, and until when the next ones are refused unseen: seconds on the monotonic clock. */
+  at: number;
+  until: number;
+}
+
+/** Asks for the password, when there is one: by a session cookie, which `login` gives, or by `Authorization: Bearer`. */
+class Access {
+  /** Signs cookies and hashes what is compared. Made slowly from the password, so that a stolen cookie is no quick way to it. */
+  readonly #key: Buffer;
+  /** The addresses that gave wrong passwords, the longest silent first. */
+  readonly #tries = new Map<string, Tries>();
+
+  constructor(readonly config: Config) {
+    this.#key = config.password === "" ? Buffer.alloc(0) : scryptSync(config.password, "chat session", 32);
+  }
+
+  /** Undefined when the request may come in, else the refusal. */
+  check(request: Request, server: Bun.Server<Member>): Response | undefined {
+    if (this.config.password === "") return undefined;
+    const { headers } = request;
+    const cookie = new Bun.CookieMap(headers.get("cookie") ?? "").get("chat");
+    if (cookie && this.#isSession(cookie)) return undefined;
+    const bearer = /^Bearer (.*)$/i.exec(headers.get("authorization") ?? "")?.[1];
+    if (bearer !== undefined) return this.#try(bearer, request, server);
+    return refuse(401, "A password is needed.", { "WWW-Authenticate": "Bearer" });
+  }
+
+  /** Answers the page's password form: 204 with a session cookie, 401, or 429 with the seconds to wait. */
+  async login(request: Request, server: Bun.Server<Member>): Promise<Response> {
+    if (!originAllowed(request.headers, this.config.origins))
+      return refuse(403, "Pages of this origin may not log in.");
+    const given = new URLSearchParams(await request.text()).get("password") ?? "";
+    // No await from here on: tries that come at the same time are counted one after the other.
+    const refused = this.#try(given, request, server);
+    if (refused) return refused;
+    const secure =
+      this.config.tlsCert !== "" || (this.config.proxies > 0 && request.headers.get("x-forwarded-proto") === "https");
+    const attributes = `Path=/; Max-Age=${SESSION_SECONDS}; HttpOnly; SameSite=Strict${secure ? "; Secure" : ""}`;
+    return new Response(null, { status: 204, headers: { "Set-Cookie": `chat=${this.#newSession()}; ${attributes}` } });
+  }
+
+  /** Compares a password in constant time, and makes an address that guesses wait. */
+  #try(given: string, request: Request, server: Bun.Server<Member>): Response | undefined {
+    const address = networkOf(addressOf(request, server, this.config.proxies));
+    const now = performance.now() / 1000;
+    let tries = this.#tries.get(address);
+    if (!tries || now - tries.at > FORGET_SECONDS) tries = { count: 0, at: now, until: now };
+    if (now < tries.until) {
+      return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${Math.ceil(tries.until - now)}` });
+    }
+    if (timingSafeEqual(this.#hash(given), this.#hash(this.config.password))) {
+      this.#tries.delete(address);
+      return undefined;
+    }
+    const wait = ++tries.count < FREE_TRIES ? 0 : Math.min(MAX_WAIT_SECONDS, 2 ** (tries.count - FREE_TRIES));
+    this.#remember(address, { count: tries.count, at: now, until: now + wait });
+    return refuse(401, "The password is wrong.", { "WWW-Authenticate": "Bearer" });
+  }
+
+  #remember(address: string, tries: Tries): void {
+    this.#tries.delete(address); // and in again, as the newest
+    this.#tries.set(address, tries);
+    if (this.#tries.size <= MAX_ADDRESSES) return;
+    for (const longestSilent of this.#tries.keys()) return void this.#tries.delete(longestSilent);
+  }
+
+  /** A session: when it ends, signed. Nothing is stored; with another password the signature is another. */
+  #newSession(): string {
+    const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
+    return `${ends}.${this.#hash(ends).toString("base64url")}`;
+  }
+
+  #isSession(cookie: string): boolean {
+    const [ends = "", signature = ""] = cookie.split(".");
+    const [given, right] = [Buffer.from(signature, "base64url"), this.#hash(ends)];
+    return given.length === right.length && timingSafeEqual(given, right) && Number(ends) > Date.now() / 1000;
+  }
+
+  #hash(text: string): Buffer {
+    return createHmac("sha256", this.#key).update(text).digest();
+  }
+}
+
+/** The network that an address stands for: of IPv6 the first 64 bits, which one subscriber has for itself. */
+function networkOf(address: string): string {
+  if (!address.includes(":") || address.includes(".")) return address;
+  const [head = "", tail = ""] = address.split("::");
+  const [before, after] = [head.split(":"), tail === "" ? [] : tail.split(":")];
+  const zeros = Array<string>(Math.max(0, 8 - before.length - after.length)).fill("0");
+  return [...before, ...zeros, ...after].slice(0, 4).join(":");
+}
+
+// ─── Server: the handshake, the page, start and stop ─────────────────────────────────────────────────────────────────
+
+/** A running chat. */
+export interface Chat {
+  /** The address to open, with the port that was taken; ends with a slash. */
+  readonly url: string;
+  /** Reads the TLS files again, for connections from now on; nobody is cut. @throws StartError when they are bad: the old stay */
+  reloadTls(): void;
+  /** Stops accepting, stores and delivers what waits, closes sockets with 1001 and the store. Takes at most 3 s. */
+  stop(): Promise<void>;
+}
+
+/**
+ * Starts a chat.
+ * @param overrides what differs from the defaults of {@link Config}
+ * @throws StartError when the store cannot be opened or the port not be listened on
+ */
+export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
+  const config: Config = Object.freeze({ ...readConfig({}), ...overrides });
+  const log = makeLog(config.logLevel);
+  // More than one only after `reloadTls`: until the last socket of an old one has closed, messages go out through it too.
+  let servers: Bun.Server<Member>[] = [];
+  const rooms = new Rooms(config, log, (topic, frame) => {
+    for (const server of servers) server.publish(topic, frame, false);
+  });
+  const broker = config.redisUrl === "" ? new SqliteBroker(config, rooms, log) : new RedisBroker(config, rooms, log);
+  rooms.broker = broker;
+  if (broker instanceof RedisBroker) await broker.start();
+  const handlers = makeHandlers(config, rooms, log);
+  try {
+    servers.push(listen(config, handlers));
+  } catch (error) {
+    await broker.stop();
+    throw error;
+  }
+  const { port } = servers[0] as Bun.Server<Member>;
+  const reloadTls = () => {
+    // A server on another port tries the new files first: if they are bad, nothing has happened.
+    void listen({ ...config, port: 0, host: "127.0.0.1" }, handlers).stop(true);
+    for (const server of servers) void server.stop(); // accepts no more; its sockets live on
+    servers = servers.filter((server) => server.pendingWebSockets > 0);
+    servers.push(listen({ ...config, port: port as number }, handlers));
+  };
+  const stop = async () => {
+    const closed = Promise.all(servers.map((server) => server.stop()));
+    rooms.stopping = true;
+    await broker.stop();
+    rooms.closeAll();
+    await Promise.race([closed, Bun.sleep(STOP_MS)]);
+    for (const server of servers) void server.stop(true);
+  };
+  let stopped: Promise<void> | undefined;
+  const host = config.host.includes(":") ? `[${config.host}]` : config.host || "localhost";
+  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${port}/`;
+  return { url, reloadTls, stop: () => (stopped ??= stop()) };
+}
+
+type Handlers = ReturnType<typeof makeHandlers>;
+
+/** What the server does with requests and sockets. */
+function makeHandlers(config: Config, rooms: Rooms, log: Log) {
+  const page = new Page(pageSource as unknown as string); // bun-types takes every .html import for a bundle
+  const access = new Access(config);
+  return {
+    fetch: (request: Request, server: Bun.Server<Member>) => {
+      const { pathname } = new URL(request.url);
+      if (pathname.startsWith("/ws/")) return handshake(request, pathname, server, config, access);
+      if (request.method === "POST" && config.password !== "") return access.login(request, server);
+      return page.answer(request);
+    },
+    error: (error: Error) => {
+      log("error", `A request failed: ${error.stack ?? error.message}`);
+      return refuse(500, "Something went wrong here.");
+    },
+    websocket: {
+      data: {} as Member,
+      maxPayloadLength: MAX_FRAME,
+      backpressureLimit: BACKPRESSURE_BYTES,
+      closeOnBackpressureLimit: true,
+      idleTimeout: IDLE_SECONDS,
+      perMessageDeflate: false, // it would cost each message more time than it saves, and each socket its window
+      open: (ws: Socket) => rooms.enter(ws),
+      message: (ws: Socket, data: string | Buffer) => rooms.receive(ws, data),
+      close: (ws: Socket, code: number) => rooms.leave(ws, code),
+      error: (error: Error, ws: Socket | undefined) => {
+        log("error", `A connection failed: ${error.stack ?? error.message}`);
+        ws?.close(CLOSE.bug, "Something went wrong here.");
+      },
+    },
+  };
+}
+
+/** Listens on the configured address. @throws StartError when that is not possible */
+function listen(config: Config, handlers: Handlers): Bun.Server<Member> {
+  const { port, host } = config;
+  const tls = readTls(config);
+  const serve = (hostname: string) =>
+    Bun.serve({
+      ...handlers,
+      port,
+      hostname,
+      tls,
+      maxRequestBodySize: MAX_BODY,
+      development: false,
+      reusePort: config.reusePort, // said aloud: with `development: false` Bun would let a second server take the same port
+    });
+  try {
+    if (host !== "") return serve(host);
+    try {
+      return serve("::"); // all interfaces, IPv4 too
+    } catch (error) {
+      if ((error as { code?: string }).code === "EADDRINUSE") throw error;
+      return serve("0.0.0.0"); // a machine without IPv6
+    }
+  } catch (error) {
+    const { code, message } = error as { code?: string; message: string };
+    if (code === "EADDRINUSE")
+      throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
+    if (tls) throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
+    throw new StartError(`HOST=${host} PORT=${port}: cannot be listened on: ${message}`);
+  }
+}
+
+/** Reads the PEM files; undefined when there are none. @throws StartError when a file cannot be read, or the key is another's */
+function readTls({ tlsCert, tlsKey }: Config): { cert: string; key: string } | undefined {
+  if (tlsCert === "") return undefined;
+  try {
+    const [cert, key] = [readFileSync(tlsCert, "utf8"), readFileSync(tlsKey, "utf8")];
+    if (!new X509Certificate(cert).checkPrivateKey(createPrivateKey(key)))
+      throw new Error("the key is of another certificate");
+    return { cert, key };
+  } catch (error) {
+    throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${(error as Error).message}`);
+  }
+}
+
+/** Lets a WebSocket in, or says why not: a ladder of guards, each with its status and its sentence. */
+function handshake(
+  request: Request,
+  path: string,
+  server: Bun.Server<Member>,
+  config: Config,
+  access: Access,
+): Response | undefined {
+  const { headers } = request;
+  if (headers.get("upgrade")?.toLowerCase() !== "websocket") {
+    return refuse(426, "Here a WebSocket is expected.", { Upgrade: "websocket", Connection: "Upgrade" });
+  }
+  if (headers.get("sec-websocket-version") !== "13") {
+    return refuse(426, "The WebSocket version is 13.", { "Sec-WebSocket-Version": "13" }); // RFC 6455 section 4.2.2
+  }
+  if (!originAllowed(headers, config.origins)) {
+    return refuse(403, "Pages of this origin may not connect; CHAT_ORIGINS lists those that may.");
+  }
+  const room = roomOf(path.slice("/ws/".length));
+  if (room === undefined) {
+    return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
+  }
+  const offered = headers.get("sec-websocket-protocol");
+  const chat = offered?.split(",").some((protocol) => protocol.trim() === "chat.v1") ?? false;
+  if (offered !== null && !chat) return refuse(400, "The subprotocol is chat.v1, or none.");
+  const refused = access.check(request, server);
+  // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
+  if (refused && !chat) return refused;
+  const query = new URL(request.url).searchParams;
+  const name = query.get("name");
+  const clean = name === null ? "Guest" : cleanName(name);
+  const epoch = query.get("epoch");
+  const after = /^\d{1,15}$/.test(query.get("after") ?? "") ? Number(query.get("after")) : undefined;
+  const resume = epoch !== null && after !== undefined ? { epoch, after } : undefined;
+  const data = new Member(room, chat, clean ?? "Guest", clean === undefined, resume, config.rate * BURST_SECONDS);
+  data.lockedOut = refused !== undefined;
+  // A client that offers a subprotocol and is answered none closes the connection: RFC 6455 section 4.1, step 6.
+  if (server.upgrade(request, { data, headers: chat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} })) return undefined;
+  return refuse(400, "The WebSocket handshake is not complete.");
+}
+
+/** A refusal in plain text. */
+function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
+  return new Response(`${sentence}\n`, {
+    status,
+    headers: { "Content-Type": "text/plain; charset=utf-8", ...headers },
+  });
+}
+
+/** The page, its headers and its compressed form, all made once. Every path outside `/ws/` answers with it. */
+class Page {
+  readonly #plain: Uint8Array<ArrayBuffer>;
+  readonly #gzip: Uint8Array<ArrayBuffer>;
+  readonly #headers: Record<string, string>;
+
+  constructor(html: string) {
+    this.#plain = new TextEncoder().encode(html);
+    this.#gzip = Bun.gzipSync(this.#plain, { level: 9 });
+    this.#headers = {
+      "Content-Type": "text/html; charset=utf-8",
+      "Content-Security-Policy": contentSecurityPolicy(html),
+      "X-Content-Type-Options": "nosniff",
+      "Referrer-Policy": "no-referrer",
+      "Cache-Control": "no-cache", // ask each time; the answer is nearly always 304
+      Vary: "Accept-Encoding",
+      ETag: `W/"${sha256(html, "hex").slice(0, 32)}"`, // weak: one for both forms
+    };
+  }
+
+  answer(request: Request): Response {
+    if (request.method !== "GET" && request.method !== "HEAD") {
+      return refuse(405, "Here is only a page to GET.", { Allow: "GET, HEAD" });
+    }
+    const headers = this.#headers;
+    const known = request.headers
+      .get("if-none-match")
+      ?.split(",")
+      .map((tag) => tag.trim().replace(/^(?!W\/)/, "W/"));
+    if (known?.includes(headers.ETag as string)) return new Response(null, { status: 304, headers });
+    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(request.headers.get("accept-encoding") ?? "");
+    if (!gzip) return new Response(this.#plain, { headers });
+    return new Response(this.#gzip, { headers: { ...headers, "Content-Encoding": "gzip" } });
+  }
+}
+
+/** The policy under which the page runs: its one script and its one style, and nothing from anywhere else. CSP Level 3. */
+function contentSecurityPolicy(html: string): string {
+  const hash = (tag: string) => {
+    const content = new RegExp(`<${tag}>([^]*?)</${tag}>`).exec(html)?.[1] ?? "";
+    return `'sha256-${sha256(content, "base64")}'`;
+  };
+  return [
+    "default-src 'none'",
+    `script-src ${hash("script")}`,
+    `style-src ${hash("style")}`,
+    "img-src data:",
+    "connect-src 'self'",
+    "base-uri 'none'",
+    "form-action 'self'",
+    "frame-ancestors 'none'",
+    "require-trusted-types-for 'script'",
+    "trusted-types 'none'",
+  ].join("; ");
+}
+
+function sha256(text: string, encoding: "hex" | "base64"): string {
+  return new Bun.CryptoHasher("sha256").update(text).digest(encoding);
+}
+
+// ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** The addresses at which others on the network reach this machine. */
+function networkUrls(url: string): string[] {
+  const addresses = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
+  const others = addresses.filter(({ internal, family }) => !internal && family === "IPv4");
+  return others.map(({ address }) => url.replace("localhost", address));
+}
+
+/** Starts a chat from the environment and stops it on SIGTERM or SIGINT. */
+async function main(): Promise<void> {
+  const config = readConfig(process.env);
+  const chat = await startChat(config);
+  const log = makeLog(config.logLevel);
+  log("info", `The chat is open: ${chat.url}`);
+  if (config.host === "") for (const url of networkUrls(chat.url)) log("info", `On your network: ${url}`);
+  const stop = () => void chat.stop().then(() => process.exit(0));
+  process.on("SIGTERM", stop);
+  process.on("SIGINT", stop);
+  process.on("SIGHUP", () => {
+    if (config.tlsCert === "") return stop();
+    try {
+      chat.reloadTls();
+      log("info", "The TLS files were read again.");
+    } catch (error) {
+      log("error", `The TLS files stay as they were. ${(error as Error).message}`);
+    }
+  });
+}
+
+if (import.meta.main) {
+  main().catch((error: unknown) => {
+    console.error(error instanceof StartError ? error.message : error);
+    process.exit(1);
+  });
+}
