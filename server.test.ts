@@ -1129,7 +1129,7 @@ describeStore("resume", (make) => {
     const { epoch } = await ann.first("hello");
     const bo = await Client.join(url, { epoch, after: 0 });
     const hello = await bo.first("hello");
-    expect([hello.resumed, hello.messages.length, hello.messages.at(-1)?.seq]).toEqual([false, 32, 100]);
+    expect([hello.resumed, hello.messages.length, hello.messages.at(-1)?.seq]).toEqual([false, 16, 100]);
     expect(await readLog(url)).toHaveLength(100);
   });
 });

@@ -44,8 +44,8 @@ const MAX_STRIKES = 10;
 const PAGE_MESSAGES = 100;
 /** Messages that a client may have missed and still resume; past that it starts afresh. */
 const RESUME_MESSAGES = 1000;
-/** Bytes of text in one page or `hello`: a hundred messages of 16 KiB must not fill a phone's memory, or ours. */
-const PAGE_BYTES = 512 * 1024;
+/** Bytes of text in one page or `hello`: far enough below {@link BACKPRESSURE_BYTES} that a slow phone is not cut for it. */
+const PAGE_BYTES = 256 * 1024;
 /** Names in one presence frame; the count is always exact. */
 const PRESENCE_NAMES = 100;
 /** Milliseconds between two presence frames of a room. */
@@ -525,6 +525,7 @@ class SqliteBroker implements Broker {
   }
 
   async open(room: string, opened: (state: LogState) => void): Promise<void> {
+    this.#gatherer.flush(); // posts of people who have just left: they belong to what is read now
     const found = this.#db
       .query<{ id: number; epoch: string; oldest: number | null; last: number | null }, [string]>(
         `SELECT id, epoch, (SELECT min(seq) FROM messages WHERE room = id) AS oldest,
@@ -538,9 +539,13 @@ class SqliteBroker implements Broker {
   }
 
   close(room: string): void {
-    // Posts of people who just left may wait: stored after a new `open`, they would take seqs that it does not know of.
-    this.#gatherer.flush();
-    this.#logs.delete(room);
+    const log = this.#logs.get(room);
+    // In a tick of its own: this may be called from inside `stored`, and posts of people who have just left may wait.
+    setImmediate(() => {
+      if (this.#logs.get(room) !== log) return;
+      this.#gatherer.flush();
+      this.#logs.delete(room);
+    });
   }
 
   append(post: Post): void {
