@@ -27,6 +27,7 @@ import { readFileSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
+import { version } from "./package.json";
 
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -480,6 +481,8 @@ interface Batch {
   readonly repeats: [Post, number][];
 }
 
+const INSERT_MESSAGE = "INSERT INTO messages (room, seq, at, name, key, text) VALUES (?, ?, ?, ?, ?, ?)";
+
 type Row = { seq: number; at: number; name: string; key: string | null; text: string };
 
 /** Keeps the logs in one SQLite file. Posts that wait together are committed in one transaction, then told. */
@@ -504,16 +507,10 @@ class SqliteBroker implements Broker {
     readonly events: BrokerEvents,
     readonly log: Log,
   ) {
-    try {
-      this.#lock = config.db === ":memory:" ? undefined : lockDatabase(`${config.db}-lock`);
-      this.#db = openDatabase(config.db, config.sync);
-    } catch (error) {
-      this.#lock?.close();
-      const locked = (error as { code?: string }).code === "SQLITE_BUSY";
-      const why = locked ? "another process holds it; is a second server running?" : `${(error as Error).message}.`;
-      throw new StartError(`CHAT_DB=${config.db}: the database cannot be opened and written: ${why}`);
-    }
-    this.#insert = this.#db.query("INSERT INTO messages (room, seq, at, name, key, text) VALUES (?, ?, ?, ?, ?, ?)");
+    const { db, lock } = openLocked(config);
+    this.#db = db;
+    this.#lock = lock;
+    this.#insert = this.#db.query(INSERT_MESSAGE);
     this.#select = this.#db.query(
       "SELECT seq, at, name, key, text FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC LIMIT ?",
     );
@@ -687,6 +684,20 @@ class SqliteBroker implements Broker {
 /** A random name for a log: another log never has it. */
 function newEpoch(): string {
   return Buffer.from(crypto.getRandomValues(new Uint8Array(8))).toString("hex");
+}
+
+/** Opens the database and keeps every other server off it. @throws StartError when it cannot be opened and written */
+function openLocked({ db: path, sync }: Config): { db: Database; lock: Database | undefined } {
+  let lock: Database | undefined;
+  try {
+    lock = path === ":memory:" ? undefined : lockDatabase(`${path}-lock`);
+    return { db: openDatabase(path, sync), lock };
+  } catch (error) {
+    lock?.close();
+    const locked = (error as { code?: string }).code === "SQLITE_BUSY";
+    const why = locked ? "another process holds it; is a second server running?" : `${(error as Error).message}.`;
+    throw new StartError(`CHAT_DB=${path}: the database cannot be opened and written: ${why}`);
+  }
 }
 
 /** Takes the lock that keeps a second server off the database. @throws when it is taken */
@@ -876,10 +887,7 @@ class RedisBroker implements Broker {
   async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
     const range = [`${this.config.prefix}log:${room}`, `${to}-0`, `${from}-0`, "COUNT", `${limit}`];
     const entries = from > to ? [] : ((await this.#send("XREVRANGE", range)) as StreamEntry[]);
-    const messages = entries.map(([id, [, at, , name, , text, , key]]) =>
-      message(Number.parseInt(id), Number(at), name ?? "", text ?? "", key),
-    );
-    return newestThatFit(messages);
+    return newestThatFit(entries.map(streamMessage));
   }
 
   async present(room: string, here: Here): Promise<Here[]> {
@@ -1128,6 +1136,16 @@ function connectRedis(url: string): Bun.RedisClient {
   return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: REDIS_MS });
 }
 
+/** A message as a log's stream has it. */
+function streamMessage([id, [, at, , name = "", , text = "", , key]]: StreamEntry): Message {
+  return message(Number.parseInt(id), Number(at), name, text, key);
+}
+
+/** A connection that closes with the block that it was made in. */
+function disposable(redis: Bun.RedisClient): Bun.RedisClient & Disposable {
+  return Object.assign(redis, { [Symbol.dispose]: () => redis.close() });
+}
+
 /** Rejects when a promise takes too long. */
 function inTime<T>(promise: Promise<T>, ms: number): Promise<T> {
   const late = Promise.withResolvers<never>();
@@ -1181,6 +1199,8 @@ class Member {
 
   constructor(
     readonly roomName: string,
+    /** Where it comes from, for the log. */
+    readonly address: string,
     /** The dialect: `chat.v1`, or plain. */
     readonly chat: boolean,
     public name: string,
@@ -1290,7 +1310,7 @@ class Rooms implements BrokerEvents {
     if (member.badName) this.#complain(member, badName());
     room.presence = ""; // whoever joins has not seen it, even if it is the same again
     this.#presenceChanged(room);
-    this.log("info", `${ws.remoteAddress} joined ${describe(room)} (${member.chat ? member.name : "plain"})`);
+    this.log("info", `${member.address} joined ${describe(room)} (${member.chat ? member.name : "plain"})`);
     this.#drain(member);
   }
 
@@ -1534,7 +1554,7 @@ class Rooms implements BrokerEvents {
     if (member.joined) {
       this.#count(room, member, -1);
       this.#presenceChanged(room);
-      this.log("info", `${ws.remoteAddress} left ${describe(room)} (${code})`);
+      this.log("info", `${member.address} left ${describe(room)} (${code})`);
     }
     const keep = member.joined && !this.stopping && this.#leftBytes + member.queueBytes <= LEFT_BYTES;
     member.joined = false;
@@ -1874,7 +1894,16 @@ function handshake(
   const epoch = query.get("epoch");
   const after = /^\d{1,15}$/.test(query.get("after") ?? "") ? Number(query.get("after")) : undefined;
   const resume = epoch !== null && after !== undefined ? { epoch, after } : undefined;
-  const data = new Member(room, chat, clean ?? "Guest", clean === undefined, resume, config.rate * BURST_SECONDS);
+  const address = addressOf(request, server, config.proxies);
+  const data = new Member(
+    room,
+    address,
+    chat,
+    clean ?? "Guest",
+    clean === undefined,
+    resume,
+    config.rate * BURST_SECONDS,
+  );
   data.lockedOut = refused !== undefined;
   // A client that offers a subprotocol and is answered none closes the connection: RFC 6455 section 4.1, step 6.
   if (server.upgrade(request, { data, headers: chat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} })) return undefined;
@@ -1949,6 +1978,175 @@ function sha256(text: string, encoding: "hex" | "base64"): string {
   return new Bun.CryptoHasher("sha256").update(text).digest(encoding);
 }
 
+// ─── Moving: export and import ───────────────────────────────────────────────────────────────────────────────────────
+
+/** A line of an export: a message, and the log it stands in. */
+interface Line extends Message {
+  room: string;
+  epoch: string;
+}
+
+/** Messages between two lines of progress. */
+const PROGRESS_LINES = 100_000;
+/** Messages that are read from Redis, or written to it, at once. */
+const MOVE_MESSAGES = 1000;
+
+/** The kept messages of all rooms in a SQLite file, as they are at one moment. A server that uses the file is not disturbed. */
+function* exportSqlite({ db: path, history }: Config): Generator<Line> {
+  using db = new Database(path, { readonly: true });
+  const rows = db.query<Row & { room: string; epoch: string }, [number]>(
+    `SELECT rooms.name AS room, epoch, seq, at, messages.name, key, text FROM rooms JOIN messages ON room = id
+     WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`,
+  );
+  for (const { room, epoch, seq, at, name, text, key } of rows.iterate(history)) {
+    yield { room, epoch, ...message(seq, at, name, text, key) };
+  }
+}
+
+/** The kept messages of all rooms in a Redis, a room after the other. */
+async function* exportRedis({ redisUrl, prefix }: Config): AsyncGenerator<Line> {
+  using redis = disposable(connectRedis(redisUrl));
+  const logs = new Set<string>();
+  let cursor = "0";
+  do {
+    const match = `${prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}log:*`;
+    const [next, keys] = (await redis.send("SCAN", [cursor, "MATCH", match, "COUNT", "1000"])) as [string, string[]];
+    for (const key of keys) logs.add(key.slice(`${prefix}log:`.length));
+    cursor = next;
+  } while (cursor !== "0");
+  for (const room of logs) {
+    const epoch = (await redis.send("HGET", [`${prefix}room:${room}`, "epoch"])) as string | null;
+    for (let from = "-"; epoch !== null;) {
+      const range = [`${prefix}log:${room}`, from, "+", "COUNT", `${MOVE_MESSAGES}`];
+      const entries = (await redis.send("XRANGE", range)) as StreamEntry[];
+      for (const entry of entries) yield { room, epoch, ...streamMessage(entry) };
+      const last = entries.at(-1);
+      if (!last) break;
+      from = `(${last[0]}`;
+    }
+  }
+}
+
+/** Prints the export, a JSON object in each line. */
+async function exportMessages(config: Config): Promise<void> {
+  const out = Bun.stdout.writer();
+  let count = 0;
+  for await (const line of config.redisUrl === "" ? exportSqlite(config) : exportRedis(config)) {
+    out.write(`${JSON.stringify(line)}\n`);
+    if (++count % MOVE_MESSAGES === 0) await out.flush();
+    if (count % PROGRESS_LINES === 0) console.error(`${count} messages …`);
+  }
+  await out.end();
+  console.error(`${count} messages exported.`);
+}
+
+/** Reads an export and checks all of it, so that a broken one changes nothing. @throws StartError with the line's number */
+function readExport(text: string): Map<string, Line[]> {
+  const rooms = new Map<string, Line[]>();
+  const keys = new Set<string>();
+  for (const [i, json] of text.split("\n").entries()) {
+    if (json === "") continue;
+    const why = (() => {
+      const line = parseLine(json);
+      if (typeof line === "string") return line;
+      const before = rooms.get(line.room) ?? [];
+      const last = before.at(-1);
+      if (last && (last.epoch !== line.epoch || last.seq + 1 !== line.seq)) return "it does not follow the one before";
+      if (line.key && keys.has(`${line.key} ${line.room}`)) return "its key was there before";
+      if (line.key) keys.add(`${line.key} ${line.room}`);
+      before.push(line);
+      rooms.set(line.room, before);
+      return undefined;
+    })();
+    if (why) throw new StartError(`Line ${i + 1}: ${why}. Nothing was imported.`);
+  }
+  return rooms;
+}
+
+/** A line of an export, or what is wrong with it. */
+function parseLine(json: string): Line | string {
+  let line: Partial<Line>;
+  try {
+    line = JSON.parse(json) ?? {};
+  } catch {
+    return "it is not JSON";
+  }
+  const { room, epoch, seq, at, name, text, key } = line;
+  if (typeof room !== "string" || roomOf(encodeURIComponent(room.toWellFormed())) !== room)
+    return "it has no valid room";
+  if (typeof epoch !== "string" || !/^[0-9a-f]{16}$/.test(epoch)) return "it has no valid epoch";
+  if (!Number.isSafeInteger(seq) || (seq as number) < 1) return "it has no valid seq";
+  if (!Number.isSafeInteger(at)) return "it has no valid time";
+  if (typeof name !== "string" || cleanName(name) !== name) return "it has no valid name";
+  if (typeof text !== "string" || longerThan(text, MAX_TEXT) || !text.isWellFormed()) return "it has no valid text";
+  if (key !== undefined && !(typeof key === "string" && KEY.test(key))) return "its key is not valid";
+  return { room, epoch, ...message(seq as number, at as number, name, text, key) };
+}
+
+/** Takes an export into rooms that have no messages yet. @throws StartError when it is broken, or a room has some */
+async function importMessages(config: Config, path: string | undefined): Promise<void> {
+  const rooms = readExport(await (path === undefined ? Bun.stdin : Bun.file(path)).text());
+  if (config.redisUrl === "") importSqlite(config, rooms);
+  else await importRedis(config, rooms);
+  console.error(`${[...rooms.values()].reduce((sum, { length }) => sum + length, 0)} messages imported.`);
+}
+
+/** All in one transaction. A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
+function importSqlite(config: Config, rooms: Map<string, Line[]>): void {
+  const { db, lock } = openLocked(config);
+  const insertRoom = db.query("INSERT INTO rooms (name, epoch) VALUES (?, ?)");
+  const insert = db.query(INSERT_MESSAGE);
+  db.transaction(() => {
+    for (const [room, lines] of rooms) {
+      const taken = db.query("SELECT 1 FROM rooms WHERE name = ?").get(room);
+      if (taken) throw new StartError(`Room "${room}" has messages already. Nothing was imported.`);
+      const { lastInsertRowid: id } = insertRoom.run(room, (lines[0] as Line).epoch);
+      for (const { seq, at, name, key, text } of lines) insert.run(id, seq, at, name, key ?? null, text);
+    }
+  }).immediate();
+  db.close();
+  lock?.close();
+}
+
+/** ARGV: prefix, room, then seq, at, name, text, key of each message. */
+const IMPORT_SCRIPT = `
+local log, keys = ARGV[1] .. 'log:' .. ARGV[2], ARGV[1] .. 'keys:' .. ARGV[2]
+for i = 3, #ARGV, 5 do
+  local seq, at, name, text, key = unpack(ARGV, i, i + 4)
+  redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
+  if key ~= '' then redis.call('HSET', keys, key, seq) end
+end`;
+
+/** A room appears when its last message is there. If anything fails, what was written before is taken back. */
+async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<string, Line[]>): Promise<void> {
+  using redis = disposable(connectRedis(redisUrl));
+  for (const room of rooms.keys()) {
+    const last = Number(await redis.send("HGET", [`${prefix}room:${room}`, "last"]));
+    if (last > 0) throw new StartError(`Room "${room}" has messages already. Nothing was imported.`);
+  }
+  const written: string[] = [];
+  try {
+    for (const [room, lines] of rooms) {
+      const names = ["room:", "log:", "keys:"].map((kind) => `${prefix}${kind}${room}`);
+      written.push(...names);
+      await redis.send("DEL", names);
+      for (let i = 0; i < lines.length; i += MOVE_MESSAGES) {
+        const some = lines.slice(i, i + MOVE_MESSAGES);
+        const args = some.flatMap(({ seq, at, name, text, key }) => [`${seq}`, `${at}`, name, text, key ?? ""]);
+        await redis.send("EVAL", [IMPORT_SCRIPT, "0", prefix, room, ...args]);
+      }
+    }
+    for (const [room, lines] of rooms) {
+      const { epoch, seq } = lines.at(-1) as Line;
+      await redis.send("HSET", [`${prefix}room:${room}`, "epoch", epoch, "last", `${seq}`]);
+    }
+    if (idleDays > 0) for (const name of written) await redis.send("EXPIRE", [name, `${idleDays * 24 * 60 * 60}`]);
+  } catch (error) {
+    if (written.length > 0) await redis.send("DEL", written);
+    throw error;
+  }
+}
+
 // ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** The addresses at which others on the network reach this machine. */
@@ -1958,18 +2156,38 @@ function networkUrls(url: string): string[] {
   return others.map(({ address }) => url.replace("localhost", address));
 }
 
-/** Starts a chat from the environment and stops it on SIGTERM or SIGINT. */
-async function main(): Promise<void> {
-  const config = readConfig(process.env);
+const HELP = `A chat server in one file. It needs nothing: start it, and open the address it prints.
+
+  bun run server.ts                      serves the chat
+  bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
+  bun run server.ts import chat.jsonl    takes them into a store that does not have those rooms
+  bun run server.ts --help | --version
+
+Settings are environment variables, or lines of a file .env (README.md says what each is for):
+  PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_ORIGINS CHAT_PROXIES CHAT_HISTORY
+  CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
+
+/** Does what the command line asks. @throws StartError when it asks for something else */
+async function main([command, ...rest]: string[]): Promise<void> {
+  if (command === "--help" || command === "-h") return console.log(HELP);
+  if (command === "--version" || command === "-v") return console.log(version);
+  if (command === undefined) return serve(readConfig(process.env));
+  if (command === "export" && rest.length === 0) return exportMessages(readConfig(process.env));
+  if (command === "import" && rest.length <= 1) return importMessages(readConfig(process.env), rest[0]);
+  throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
+}
+
+/** Serves until SIGTERM or SIGINT. */
+async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
   const log = makeLog(config.logLevel);
-  log("info", `The chat is open: ${chat.url}`);
-  if (config.host === "") for (const url of networkUrls(chat.url)) log("info", `On your network: ${url}`);
+  if (process.stdout.isTTY) log("info", banner(chat.url, config));
+  else log("info", `The chat is open: ${chat.url}`);
   const stop = () => void chat.stop().then(() => process.exit(0));
   process.on("SIGTERM", stop);
   process.on("SIGINT", stop);
   process.on("SIGHUP", () => {
-    if (config.tlsCert === "") return stop();
+    if (config.tlsCert === "") return stop(); // the terminal was closed
     try {
       chat.reloadTls();
       log("info", "The TLS files were read again.");
@@ -1979,9 +2197,20 @@ async function main(): Promise<void> {
   });
 }
 
+/** What a person sees who started the chat in a terminal. */
+function banner(url: string, { host }: Config): string {
+  const others = host === "" ? networkUrls(url) : [];
+  const line = (what: string, address: string) => `    ${what.padEnd(12)}\x1b[1m${address}\x1b[0m`;
+  return ["", "  The chat is open.", "", line("here", url), ...others.map((each) => line("network", each)), ""].join(
+    "\n",
+  );
+}
+
 if (import.meta.main) {
-  main().catch((error: unknown) => {
-    console.error(error instanceof StartError ? error.message : error);
+  main(Bun.argv.slice(2)).catch((error: unknown) => {
+    // What the operator can mend is said in a line; what only a programmer can, with its stack.
+    const theirs = error instanceof StartError || (error instanceof Error && "code" in error);
+    console.error(theirs ? error.message : error);
     process.exit(1);
   });
 }
