@@ -155,10 +155,12 @@ function temporaryPath(name: string): string {
   return join(temporary, `${++serial}-${name}`);
 }
 
-/** Kills what was started and removes what was written: also when the run fails or is interrupted. */
+/** Kills what was started and removes what was written: after each scenario, and when the run fails or is interrupted. */
 function cleanUp(): void {
   for (const child of children) child.kill("SIGKILL");
+  children.clear();
   if (temporary) rmSync(temporary, { recursive: true, force: true });
+  temporary = "";
 }
 
 /** One or more processes that serve the same chat, or the floor. */
@@ -177,9 +179,11 @@ class Target {
     });
     children.add(child);
     this.#processes.push(child);
-    const port = await until(START_MS, `${command.join(" ")} did not start`, () =>
-      existsSync(output) ? /http:\/\/[^:]+:(\d+)\//.exec(readFileSync(output, "utf8"))?.[1] : undefined,
-    );
+    const complaint = `${command.join(" ")} did not start`;
+    const port = await until(START_MS, complaint, () => {
+      if (child.exitCode !== null) throw new Lost(complaint);
+      return existsSync(output) ? /http:\/\/[^:]+:(\d+)\//.exec(readFileSync(output, "utf8"))?.[1] : undefined;
+    });
     this.ports.push(Number(port));
   }
 
@@ -427,8 +431,8 @@ class Client {
   #readPlain(chunk: Buffer, at: number): void {
     const count = at + SENDER_DIGITS + COUNT_DIGITS;
     const who = ((chunk[at + 4] as number) << 8) | (chunk[at + 5] as number);
-    this.order = (Math.imul(this.order, 31) + who) | 0;
-    this.order = (Math.imul(this.order, 31) + ((chunk[count - 2] as number) << 8)) | (chunk[count - 1] as number);
+    const which = ((chunk[count - 2] as number) << 8) | (chunk[count - 1] as number);
+    this.order = (Math.imul(this.order, 31) + Math.imul(who, 7919) + which) | 0;
     this.received++;
     if (this.sentAt.length > 0 && chunk.toString("latin1", at, at + SENDER_DIGITS) === this.#sender) this.#own();
   }
@@ -607,19 +611,20 @@ async function talk(load: Load): Promise<void> {
     ...started.map(({ target, crowd }) => () => {
       return round(target, [crowd], load, crowd.clients.slice(0, load.senders));
     }),
-  ).finally(() => Promise.all(started.map(({ target }) => target.stop())));
+  );
   for (const [i, { chat, sync }] of VARIANTS.entries()) {
     const floors = results[chat ? 1 : 0] as Round[];
     const rounds = results[i + 2] as Round[];
-    const of = (key: keyof Round) => median(rounds.map((round) => round[key]));
+    const of = (key: keyof Round, of = rounds) => median(of.map((round) => round[key]));
+    const both = (key: "p50" | "p99") => `${key} ${of(key).toFixed(1)} ms (${of(key, floors).toFixed(1)})`;
     const ratio = median(rounds.map(({ cpu }, round) => cpu / (floors[round]?.cpu as number)));
     print({
       what: `${load.title}: ${chat ? "chat.v1" : "plain"}, ${sync}`,
-      floor: `${median(floors.map(({ cpu }) => cpu)).toFixed(2)} µs`,
+      floor: `${of("cpu", floors).toFixed(2)} µs`,
       chat: `${of("cpu").toFixed(2)} µs`,
       figure: ratio,
       target: load.targets[i] as number,
-      rest: `${thousands(of("perSecond"))}/s, p50 ${of("p50").toFixed(1)} ms, p99 ${of("p99").toFixed(1)} ms`,
+      rest: `${thousands(of("perSecond"))}/s (${thousands(of("perSecond", floors))}), ${both("p50")}, ${both("p99")}`,
     });
   }
 }
@@ -629,8 +634,8 @@ async function talk(load: Load): Promise<void> {
 /** Memory that one more idle `chat.v1` connection takes, each with a name of its own. */
 async function memory(): Promise<void> {
   const grow = async () => {
+    // No warm-up: what it leaves to the garbage collector would hide what the connections take.
     const target = await startChat("normal");
-    await warmUp(target, true);
     const idle = { ...WARM_UP, clients: MANY_CLIENTS / 10 };
     const first = await gather(target, true, idle, "idle");
     await Bun.sleep(SETTLE_MS);
@@ -664,7 +669,7 @@ async function joins(): Promise<void> {
     return cpu;
   };
   await measure(); // the warm-up
-  const [cpus] = await interleave(measure).finally(() => target.stop());
+  const [cpus] = await interleave(measure);
   const what = `join of a room with ${thousands(JOIN_MESSAGES)} messages kept, hello of ${PAGE_MESSAGES}: CPU`;
   print({ what, unit: "µs", figure: median(cpus ?? []), target: 60 });
 }
@@ -747,9 +752,7 @@ async function history(): Promise<void> {
       const { cpu: send } = await round(target, [crowd], load, crowd.clients);
       return { send, join, page };
     };
-  const [short = [], long = []] = await interleave(...started.map(measure)).finally(() =>
-    Promise.all(started.map(({ target }) => target.stop())),
-  );
+  const [short = [], long = []] = await interleave(...started.map(measure));
   const firstPosts = started.map(({ firstPost }) => `${firstPost.toFixed(0)} ms`).join(" and ");
   for (const key of ["send", "join", "page"] as const) {
     print({
@@ -779,11 +782,11 @@ async function pagesCost(target: Target, crowd: Crowd, messages: number): Promis
 /** Server CPU for each of some joins, µs. */
 async function joinCost(target: Target): Promise<number> {
   const before = target.cpu();
-  const crowd = await joinMany(target, JOINS / 5, "", PAGE_MESSAGES);
+  const crowd = await joinMany(target, JOINS / 2, "", PAGE_MESSAGES);
   const cpu = target.cpu() - before;
   for (const client of crowd.clients) client.close();
   await Bun.sleep(100);
-  return cpu / (JOINS / 5);
+  return cpu / (JOINS / 2);
 }
 
 /** Many rooms of two against one room of two, as many messages in all. */
@@ -792,7 +795,7 @@ async function manyRooms(): Promise<void> {
   const count = Math.min(MANY_ROOMS, Math.floor((limit - 200) / 2));
   const load: Load = { ...WARM_UP, rate: ROOMS_RATE, seconds: ROOMS_SECONDS };
   const start = async (rooms: number) => {
-    const target = await startChat("normal", { LOG_LEVEL: "info" });
+    const target = await startChat("normal");
     await warmUp(target, true);
     const crowds = Array.from({ length: rooms }, () => new Crowd());
     await connectAll(rooms * 2, target, (i) => {
@@ -801,13 +804,11 @@ async function manyRooms(): Promise<void> {
     });
     await Bun.sleep(1500); // presence
     const senders = crowds.flatMap(({ clients }) => clients);
-    return { target, measure: () => round(target, crowds, load, senders) };
+    return () => round(target, crowds, load, senders);
   };
   const many = await start(count);
   const one = await start(1);
-  const [manyRounds = [], oneRounds = []] = await interleave(many.measure, one.measure).finally(() =>
-    Promise.all([many.target.stop(), one.target.stop()]),
-  );
+  const [manyRounds = [], oneRounds = []] = await interleave(many, one);
   print({
     what: `${thousands(count)} rooms of two against one, ${ROOMS_RATE} messages/s in all`,
     floor: `${median(oneRounds.map(({ cpu }) => cpu)).toFixed(2)} µs`,
@@ -882,7 +883,7 @@ function printHead(): void {
   const broker = options.broker === "redis" ? `Redis, ${options.servers} server(s)` : "SQLite";
   console.log(
     `${broker}; medians of ${options.rounds} rounds; CHAT_RATE=0; CPU time of the server for each message delivered to` +
-      " a client, against a bare Bun.serve that only publishes\n",
+      " a client, against a bare Bun.serve that only publishes; at the end of a row: deliveries, latency (and the floor's)\n",
   );
   printCells("", "floor/base", "chat", "ratio", "target", "", "");
 }
@@ -939,8 +940,10 @@ async function main(): Promise<void> {
       await run();
     } catch (error) {
       if (!(error instanceof Lost)) throw error;
-      printCells(`${name}: LOST: ${error.message}`);
+      console.log(`${name}: LOST: ${error.message}`);
       process.exitCode = 1;
+    } finally {
+      cleanUp();
     }
   }
 }

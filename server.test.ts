@@ -9,6 +9,9 @@ import { mkdtempSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
+import { Browser, type BrowserWindow, type Element, type HTMLAnchorElement } from "happy-dom";
+import type { HTMLElement, HTMLTextAreaElement } from "happy-dom";
+
 import { type Chat, type Config, type Message, readConfig, type ServerFrame, startChat } from "./server.ts";
 
 // ─── Tools: servers, clients, waiting ────────────────────────────────────────────────────────────────────────────────
@@ -347,6 +350,159 @@ function randomFrom(seed: number): () => number {
     state = (Math.imul(state, 1664525) + 1013904223) >>> 0;
     return state / 2 ** 32;
   };
+}
+
+// ─── Tools: a browser ────────────────────────────────────────────────────────────────────────────────────────────────
+
+// What runs in the page sees the page's globals; their types are happy-dom's, because the DOM's clash with Bun's.
+declare const document: BrowserWindow["document"];
+declare const location: BrowserWindow["location"];
+declare const localStorage: BrowserWindow["localStorage"];
+declare const innerWidth: number;
+declare const innerHeight: number;
+declare const getComputedStyle: BrowserWindow["getComputedStyle"];
+declare const requestAnimationFrame: (callback: (value: unknown) => void) => number;
+declare const KeyboardEvent: BrowserWindow["KeyboardEvent"];
+declare const Event: BrowserWindow["Event"];
+declare const CompositionEvent: new (type: string, init: object) => InstanceType<BrowserWindow["Event"]>;
+declare const dispatchEvent: BrowserWindow["dispatchEvent"];
+
+/** What a test may say of the browser that it opens. */
+interface TabOptions {
+  width?: number;
+  height?: number;
+  languages?: string;
+  dark?: boolean;
+  /** Whether the server goes away in this test, of which the browser complains in its console. */
+  serverGoes?: boolean;
+}
+
+const BROWSER = installed("chromium", "chromium fonts-noto-cjk");
+/** Tests of the page where a browser is installed. */
+const describePage = describe.skipIf(!BROWSER);
+const CHROMIUM = ["--no-sandbox", "--disable-quic", "--disable-component-update", "--disable-sync"];
+
+/** A tab of Chromium. All tabs of a run share one profile, as the tabs of one person do. */
+class Tab {
+  /** Errors that the browser reported: none is expected, ever. */
+  readonly problems: string[] = [];
+  /** Errors that belong to the test: the browser writes every refused request into its console. */
+  expected: RegExp | undefined;
+
+  private constructor(readonly view: Bun.WebView) {}
+
+  static async open(url: string, options: TabOptions = {}): Promise<Tab> {
+    const { width = 800, height = 600 } = options;
+    const tab = new Tab(new Bun.WebView({ width, height, backend: { type: "chrome", argv: CHROMIUM } }));
+    started.push(() => tab.close());
+    await tab.view.navigate("about:blank");
+    tab.#watch(options);
+    for (const domain of ["Runtime", "Log", "Page"]) await tab.view.cdp(`${domain}.enable`);
+    await tab.size(width, height);
+    const features = [{ name: "prefers-color-scheme", value: options.dark ? "dark" : "light" }];
+    await tab.view.cdp("Emulation.setEmulatedMedia", { features });
+    const userAgent = { userAgent: "Chromium", acceptLanguage: options.languages ?? "en-US,en" };
+    await tab.view.cdp("Emulation.setUserAgentOverride", userAgent);
+    await tab.go(url);
+    return tab;
+  }
+
+  #watch({ serverGoes }: TabOptions): void {
+    if (serverGoes) this.expected = /WebSocket connection to|ERR_CONNECTION_REFUSED/;
+    const on = (event: string, problem: (data: any) => string | false) =>
+      this.view.addEventListener(event, (e) => {
+        const found = problem((e as MessageEvent).data);
+        if (found && !this.expected?.test(found)) this.problems.push(found);
+      });
+    on("Runtime.exceptionThrown", ({ exceptionDetails }) => JSON.stringify(exceptionDetails));
+    on("Runtime.consoleAPICalled", ({ type, args }) => type === "error" && JSON.stringify(args));
+    on("Log.entryAdded", ({ entry }) => /error|warning/.test(entry.level) && `${entry.text} ${entry.url}`);
+  }
+
+  async go(url: string): Promise<void> {
+    await within(this.view.navigate(url), url);
+  }
+
+  /** Goes to a page of the chat and waits for its greeting. */
+  static async join(url: string, options: TabOptions = {}): Promise<Tab> {
+    const tab = await Tab.open(url, options);
+    await tab.online();
+    return tab;
+  }
+
+  async online(): Promise<void> {
+    await this.until(
+      "the connection",
+      () => document.querySelector<HTMLElement>("#status")!.dataset.state === "online",
+    );
+  }
+
+  async reload(): Promise<void> {
+    await within(this.view.reload(), "the reload");
+  }
+
+  async size(width: number, height: number): Promise<void> {
+    await this.view.cdp("Emulation.setDeviceMetricsOverride", { width, height, deviceScaleFactor: 1, mobile: false });
+  }
+
+  /** Runs a function in the page. */
+  async run<T, A extends unknown[]>(inPage: (...args: A) => T, ...args: A): Promise<Awaited<T>> {
+    return (await this.view.evaluate(`(${inPage})(...${JSON.stringify(args)})`)) as Awaited<T>;
+  }
+
+  /** Waits until a function in the page says yes. */
+  async until<A extends unknown[]>(what: string, inPage: (...args: A) => unknown, ...args: A): Promise<void> {
+    const end = performance.now() + DEADLINE_MS;
+    while (!(await this.run(inPage, ...args))) {
+      if (performance.now() > end) throw new Error(`${what} did not come in ${DEADLINE_MS} ms`);
+      await Bun.sleep(10);
+    }
+  }
+
+  /** Types a text into the field and sends it with Enter. */
+  async say(text: string): Promise<void> {
+    await this.run(() => document.querySelector<HTMLElement>("#text")!.focus());
+    await this.view.type(text);
+    await this.view.press("Enter");
+  }
+
+  /** What the rows say, by their state if it is given. */
+  async texts(state = ""): Promise<string[]> {
+    return this.run((state) => {
+      const rows = [...document.querySelectorAll<HTMLElement>(".message")];
+      return rows
+        .filter((row) => !state || row.dataset.state === state)
+        .map((row) => row.querySelector(".text")!.textContent!);
+    }, state);
+  }
+
+  async untilText(text: string, state = ""): Promise<void> {
+    const found = (text: string, state: string) =>
+      [...document.querySelectorAll<HTMLElement>(".message")].some(
+        (row) => row.querySelector(".text")!.textContent === text && (!state || row.dataset.state === state),
+      );
+    await this.until(`"${text.slice(0, 40)}" ${state}`, found, text, state);
+  }
+
+  close(): void {
+    this.view.close();
+    expect(this.problems).toEqual([]);
+  }
+}
+
+/** Posts many messages to a room, as somebody else. */
+async function fill(url: string, room: string, count: number, text = (n: number) => `Message ${n}`): Promise<Client> {
+  const client = await Client.join(url, { room, name: "Filler" });
+  for (let n = 1; n <= count; n++) client.post(text(n), `fill-${n}`);
+  await client.untilMessages(count);
+  return client;
+}
+
+/** Lets the browser draw: what a scroll or a resize sets off has happened then. */
+async function drawn(tab: Tab): Promise<void> {
+  await tab.run(
+    () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done)))),
+  );
 }
 
 // ─── What is served ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1306,5 +1462,996 @@ describe("an operator", () => {
       silent.end();
       expect(textsOf(await readLog((await start({ db: file })).url))).toEqual(["last words"]);
     }
+  });
+});
+
+// ─── Commands: export and import, the executable, the README's clients ───────────────────────────────────────────────
+
+/** Runs a command of the server to its end. */
+async function run(env: Record<string, string>, args: string[]): Promise<{ code: number; out: string; said: string }> {
+  const process = spawn(env, args);
+  const output = [new Response(process.stdout).text(), new Response(process.stderr).text()] as const;
+  const [out, said] = await within(Promise.all(output), `the end of ${args.join(" ")}`);
+  return { code: await process.exited, out, said };
+}
+
+describe("export and import", () => {
+  test.skipIf(!REDIS_SERVER)(
+    "move the log from SQLite to Redis and back without a loss, while the chat runs",
+    async () => {
+      const [sqlite, redis, back] = [await STORES[0]!.make(), await STORES[1]!.make(), await STORES[0]!.make()];
+      const { url } = await start({ ...sqlite.config, rate: 0, history: 1200 });
+      const [ann, plain] = [
+        await Client.join(url, { name: "安" }),
+        await Client.join(url, { room: "团 a*[b]", plain: true }),
+      ];
+      for (let i = 0; i < 2500; i++) ann.post(`m${i} \0 "\n" 🙂`, `k${i}`);
+      plain.send("from a plain socket");
+      await ann.untilMessages(2500);
+      await plain.untilTexts(1);
+      const exported = await run({ ...sqlite.env, CHAT_HISTORY: "1200" }, ["export"]);
+      expect(exported.out.split("\n").filter(Boolean)).toHaveLength(1201);
+      const file = newFile();
+      for (const [store, out] of [
+        [redis, exported.out],
+        [back, exported.out],
+      ] as const) {
+        await Bun.write(file, out);
+        expect(await run(store.env, ["import", file])).toEqual({ code: 0, out: "", said: "1201 messages imported.\n" });
+        const again = await run(store.env, ["export"]);
+        expect(again.out.split("\n").toSorted()).toEqual(out.split("\n").toSorted());
+      }
+      const moved = await start(redis.config);
+      const { epoch } = await ann.first("hello");
+      const resumed = await (await Client.join(moved.url, { epoch, after: 2400 })).first("hello");
+      expect([resumed.resumed, resumed.first, resumed.last, resumed.messages.length]).toEqual([true, 1301, 2500, 100]);
+      const again = await Client.join(moved.url);
+      again.post("again", "k2400");
+      expect((await again.first("ack")).seq).toBe(2401);
+    },
+  );
+
+  test("refuse a broken line with its number, a room that is there, and a store in use, and change nothing", async () => {
+    const line = { room: "", epoch: "0123456789abcdef", seq: 1, at: 1, name: "Ann", text: "hi", key: "k" };
+    const broken: [unknown, string][] = [
+      ["no json", "it is not JSON"],
+      [null, "it has no valid room"],
+      [{ ...line, room: "a\0" }, "it has no valid room"],
+      [{ ...line, epoch: "e" }, "it has no valid epoch"],
+      [{ ...line, seq: 3 }, "it does not follow the one before"],
+      [{ ...line, seq: 0 }, "it has no valid seq"],
+      [{ ...line, seq: 2, at: "now" }, "it has no valid time"],
+      [{ ...line, seq: 2, name: " " }, "it has no valid name"],
+      [{ ...line, seq: 2, text: "x".repeat(16385) }, "it has no valid text"],
+      [{ ...line, seq: 2, key: "a b" }, "its key is not valid"],
+      [{ ...line, seq: 2 }, "its key was there before"],
+    ];
+    for (const { name, make } of STORES) {
+      if (name === "Redis" && !REDIS_SERVER) continue;
+      const { env } = await make();
+      const file = newFile();
+      for (const [second, why] of broken) {
+        await Bun.write(file, `${JSON.stringify(line)}\n${second === "no json" ? second : JSON.stringify(second)}\n`);
+        const said = `Line 2: ${why}. Nothing was imported.\n`;
+        expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
+      }
+      expect((await run(env, ["export"])).out).toBe("");
+      await Bun.write(file, JSON.stringify(line));
+      expect((await run(env, ["import", file])).code).toBe(0);
+      const said = 'Room "" has messages already. Nothing was imported.\n';
+      expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
+    }
+    const db = newFile();
+    await start({ db });
+    const file = newFile();
+    await Bun.write(file, JSON.stringify(line));
+    expect((await run({ CHAT_DB: db }, ["import", file])).said).toMatch(/is a second server running\?\n$/);
+  });
+});
+
+describe("the command line", () => {
+  test("tells its commands and its version, and refuses others", async () => {
+    const { version } = await Bun.file(join(import.meta.dir, "package.json")).json();
+    expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
+    const help = await run({}, ["--help"]);
+    expect([help.code, help.out]).toEqual([0, expect.stringContaining("export")]);
+    const source = await Bun.file(join(import.meta.dir, "server.ts")).text();
+    for (const [, variable] of source.matchAll(/env\.([A-Z_]+)/g)) expect(help.out).toContain(variable as string);
+    const said = "expotr: no such command; --help lists them.\n";
+    expect(await run({}, ["expotr"])).toEqual({ code: 1, out: "", said });
+  });
+
+  test("builds one executable that serves the chat from an empty folder", async () => {
+    const file = join(FOLDER, "executable", "chat");
+    const build = ["build", "--compile", join(import.meta.dir, "server.ts"), "--outfile", file];
+    expect(Bun.spawnSync([process.execPath, ...build]).exitCode).toBe(0);
+    const server = Bun.spawn([file], {
+      cwd: join(FOLDER, "executable"),
+      env: { PORT: "0" },
+      stdout: "pipe",
+    });
+    started.push(() => server.kill("SIGKILL"));
+    const reader = server.stdout.getReader();
+    const { value } = await within(reader.read(), "its address");
+    const url = /http\S+/.exec(new TextDecoder().decode(value))![0];
+    const page = await Bun.file(join(import.meta.dir, "index.html")).text();
+    expect(await (await fetch(url)).text()).toBe(page);
+    const ann = await Client.join(url);
+    ann.post("hi");
+    await ann.untilMessages(1);
+  });
+});
+
+describe("the README", () => {
+  /** The code block in a language whose text has `part`, with the address of a running chat. */
+  async function example(language: string, part: string, url: string): Promise<string> {
+    const readme = await Bun.file(join(import.meta.dir, "README.md")).text();
+    const blocks = [...readme.matchAll(new RegExp(`\`\`\`${language}\\n([^]*?)\`\`\``, "g"))];
+    const found = blocks.map(([, code]) => code as string).filter((code) => code.includes(part));
+    expect(found).toHaveLength(1);
+    return (found[0] as string).replaceAll("localhost:8080", new URL(url).host);
+  }
+
+  // Debian's Python, whose packages are Debian's: another one in the PATH does not have them.
+  const PATH = `/usr/bin:/bin:${process.env.PATH}`;
+  const websockets = Bun.spawnSync(["python3", "-c", "import websockets"], { env: { PATH } }).success;
+  if (!websockets && process.env.CI) throw new Error("CI needs: apt-get install python3-websockets");
+  if (!websockets) console.warn("skip: the README's Python examples; to run them: apt-get install python3-websockets");
+
+  test.skipIf(!websockets)(
+    "has a shell line that posts a notice, one that posts a log as it grows, and a client in Python",
+    async () => {
+      const { url } = await start();
+      const watcher = await Client.join(url, { room: "team" });
+      const sh = (code: string) => Bun.spawn(["sh", "-c", code], { cwd: FOLDER, env: { PATH }, stdout: "pipe" });
+      sh(await example("sh", "build 42 is green", url));
+      await watcher.untilMessages(1);
+      await Bun.write(join(FOLDER, "app.log"), "line one\n");
+      const tail = sh(`exec ${await example("sh", "tail -f", url)}`);
+      started.push(() => tail.kill());
+      await watcher.untilMessages(2);
+      const python = Bun.spawn(["python3", "-c", await example("python", "import", url)], {
+        env: { PATH },
+        stdout: "pipe",
+      });
+      expect(await within(new Response(python.stdout).text(), "what it prints")).toBe("hello from Python\n");
+      const said = watcher.messages.map(({ name, text }) => [name, text]);
+      expect(said).toEqual([
+        ["build", "build 42 is green"],
+        ["log", "line one"],
+        ["python", "hello from Python"],
+      ]);
+    },
+  );
+
+  test("has a bot in TypeScript that answers", async () => {
+    const { url } = await start();
+    const ann = await Client.join(url, { room: "team" });
+    const bot = Bun.spawn([process.execPath, "-e", await example("ts", "echo-bot", url)]);
+    started.push(() => bot.kill());
+    await ann.until("the bot", () => ann.all("presence").some(({ count }) => count === 2));
+    ann.post("!echo hello");
+    const [, answer] = await ann.untilMessages(2);
+    expect([answer?.name, answer?.text]).toEqual(["echo-bot", "hello"]);
+  });
+});
+
+// ─── The page in Chromium ────────────────────────────────────────────────────────────────────────────────────────────
+
+describePage("in a browser", () => {
+  test("what one tab sends arrives in the other and is confirmed in the first", async () => {
+    const { url } = await start();
+    const [one, two] = [await Tab.join(url), await Tab.join(url)];
+    await one.say("hello from one");
+    await one.untilText("hello from one", "sent");
+    await two.untilText("hello from one");
+    await two.say("hello from two");
+    await one.untilText("hello from two");
+  });
+
+  test("own messages are told from those of others, and others' by name", async () => {
+    const { url } = await start();
+    const ann = await Client.join(url, { name: "Ann" });
+    const tab = await Tab.join(url);
+    ann.post("from Ann");
+    await tab.untilText("from Ann");
+    await tab.say("mine");
+    await tab.untilText("mine", "sent");
+    const rows = await tab.run(() =>
+      [...document.querySelectorAll<HTMLElement>(".message")].map((row) => [
+        row.dataset.seq,
+        row.dataset.state ?? "",
+        row.classList.contains("own"),
+        row.querySelector(".name")!.textContent === "Ann",
+      ]),
+    );
+    expect(rows).toEqual([
+      ["1", "", false, true],
+      ["2", "sent", true, false],
+    ]);
+  });
+
+  test("people who are here are listed and counted, and a new name is seen at once", async () => {
+    const { url } = await start();
+    await Client.join(url, { name: "Ann" });
+    const tab = await Tab.join(url, { width: 1000 });
+    await tab.until("Ann", () => document.querySelector("#people")!.textContent!.includes("Ann"));
+    await tab.until("the count", () => document.querySelector("#count")!.textContent === "2 here");
+    await tab.view.click("#me");
+    await tab.view.type("Newname");
+    await tab.view.press("Enter");
+    await tab.until("the new name", () => document.querySelector("#people")!.textContent!.includes("Newname"));
+    await tab.say("who am I");
+    await tab.untilText("who am I", "sent");
+    expect((await readLog(url))[0]!.name).toBe("Newname");
+  });
+
+  test("who is typing is said, until the message comes", async () => {
+    const { url } = await start();
+    const ann = await Client.join(url, { name: "Ann" });
+    const tab = await Tab.join(url);
+    await ann.until("the tab", () => ann.all("presence").some(({ count }) => count === 2));
+    ann.send({ type: "typing" });
+    await tab.until("the line", () => document.querySelector("#typing")!.textContent === "Ann is typing…");
+    ann.post("done");
+    await tab.until("its end", () => document.querySelector("#typing")!.textContent === "");
+    await tab.view.click("#text");
+    await tab.view.type("x");
+    await ann.first("typing");
+  });
+});
+
+describePage("nothing is lost in the page", () => {
+  test("what was written without a server arrives exactly once, even after a reload", async () => {
+    const db = newFile();
+    const first = await spawnServer({ CHAT_DB: db });
+    const port = new URL(first.url).port;
+    const tab = await Tab.join(first.url, { serverGoes: true });
+    first.kill("SIGKILL");
+    await tab.until("the loss", () => document.querySelector<HTMLElement>("#status")!.dataset.state === "reconnecting");
+    await tab.say("written without a server");
+    await tab.untilText("written without a server", "pending");
+    const second = await spawnServer({ CHAT_DB: db, PORT: port });
+    await tab.reload();
+    await tab.untilText("written without a server", "sent");
+    expect(textsOf(await readLog(second.url))).toEqual(["written without a server"]);
+  });
+
+  test("a server that is killed under a page that sends loses nothing and doubles nothing", async () => {
+    const db = newFile();
+    let server = await spawnServer({ CHAT_DB: db });
+    const port = new URL(server.url).port;
+    const tab = await Tab.join(server.url, { serverGoes: true });
+    const sent: string[] = [];
+    for (let round = 0; round < 4; round++) {
+      for (let n = 0; n < 15; n++) {
+        sent.push(`message ${round}.${n}`);
+        await tab.say(sent.at(-1)!);
+        if (n === 7) server.kill("SIGKILL");
+      }
+      server = await spawnServer({ CHAT_DB: db, PORT: port });
+    }
+    await tab.until("all sent", () => !document.querySelector("[data-state=pending]"));
+    const log = await readLog(server.url);
+    expect(textsOf(log)).toEqual(sent);
+    expect(await tab.texts("sent")).toEqual(sent);
+  });
+
+  test("a socket that falls silent without closing is found dead, and what was sent on it arrives once", async () => {
+    const { url } = await start();
+    const proxy = await startProxy(Number(new URL(url).port));
+    const tab = await Tab.join(proxy.url);
+    proxy.silence();
+    await tab.say("into the silence");
+    await tab.untilText("into the silence", "pending");
+    // A return to the tab asks for a sign of life; none comes.
+    await tab.run(() => document.dispatchEvent(new Event("visibilitychange")));
+    await tab.untilText("into the silence", "sent");
+    expect(textsOf(await readLog(url))).toEqual(["into the silence"]);
+  });
+
+  test("two tabs of one person do not send each other's outbox, and a closed tab's rest is sent by the next", async () => {
+    const db = newFile();
+    const first = await spawnServer({ CHAT_DB: db });
+    const port = new URL(first.url).port;
+    const one = await Tab.join(first.url, { serverGoes: true });
+    const two = await Tab.join(first.url, { serverGoes: true });
+    const closed = await Tab.join(first.url, { serverGoes: true });
+    first.kill("SIGKILL");
+    for (const [tab, text] of [
+      [one, "from one"],
+      [two, "from two"],
+      [closed, "from the closed one"],
+    ] as const) {
+      await tab.say(text);
+      await tab.untilText(text, "pending");
+    }
+    await closed.go("about:blank");
+    expect(await one.texts("pending")).toEqual(["from one"]);
+    expect(await two.texts("pending")).toEqual(["from two"]);
+    const second = await spawnServer({ CHAT_DB: db, PORT: port });
+    const next = await Tab.join(second.url, { serverGoes: true });
+    await next.untilText("from the closed one", "sent");
+    for (const tab of [one, two]) await tab.untilText("from two");
+    await one.untilText("from one", "sent");
+    expect(textsOf(await readLog(second.url)).sort()).toEqual(["from one", "from the closed one", "from two"]);
+  });
+
+  test("a message that is too long stays with its reason, and can be edited and sent again", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    const long = "é".repeat(8193);
+    await tab.say(long);
+    await tab.untilText(long, "failed");
+    expect(await tab.run(() => document.querySelector(".why")!.textContent)).toStartWith("Not sent: Too long");
+    await tab.run(() => document.querySelector<HTMLElement>(".why .edit")!.click());
+    expect(await tab.texts()).toEqual([]);
+    await tab.view.press("Backspace");
+    await tab.view.press("Enter");
+    await tab.untilText(long.slice(1), "sent");
+  });
+
+  test("a long outbox is sent in order, once, within what the server takes", async () => {
+    const db = newFile();
+    const first = await spawnServer({ CHAT_DB: db });
+    const port = new URL(first.url).port;
+    const tab = await Tab.join(first.url, { serverGoes: true });
+    first.kill("SIGKILL");
+    await tab.until("the loss", () => document.querySelector<HTMLElement>("#status")!.dataset.state === "reconnecting");
+    await tab.run(() => {
+      for (let n = 0; n < 120; n++) {
+        document.querySelector<HTMLTextAreaElement>("#text")!.value = `waiting ${n}`;
+        document.querySelector<HTMLElement>("#send")!.click();
+      }
+    });
+    expect((await tab.texts("pending")).length).toBe(120);
+    const second = await spawnServer({ CHAT_DB: db, PORT: port });
+    await tab.until("all sent", () => !document.querySelector("[data-state=pending]"));
+    expect(textsOf(await readLog(second.url))).toEqual(Array.from({ length: 120 }, (_, n) => `waiting ${n}`));
+  });
+
+  test("a page whose outbox was taken over while it slept does not send it", async () => {
+    const { url } = await start();
+    const proxy = await startProxy(Number(new URL(url).port));
+    const tab = await Tab.join(proxy.url);
+    proxy.silence();
+    await tab.say("taken over");
+    await tab.untilText("taken over", "pending");
+    await tab.run(() => {
+      for (const key of Object.keys(localStorage)) if (key.startsWith("chat.outbox:")) localStorage.removeItem(key);
+      dispatchEvent(new Event("offline"));
+    });
+    await tab.online();
+    expect(await tab.texts()).toEqual([]);
+    await tab.say("the next one");
+    await tab.untilText("the next one", "sent");
+    expect(textsOf(await readLog(url))).toEqual(["the next one"]);
+  });
+
+  test("a password is asked for, refused, taken, and then the page connects", async () => {
+    const { url } = await start({ password: "sesame" });
+    const tab = await Tab.open(url);
+    tab.expected = /401/;
+    await tab.until("the form", () => !document.querySelector<HTMLElement>("#password-form")!.hidden);
+    await tab.view.type("wrong");
+    await tab.view.press("Enter");
+    await tab.until(
+      "the refusal",
+      () => document.querySelector("#password-said")!.textContent === "That is not the password.",
+    );
+    await tab.view.type("sesame");
+    await tab.view.press("Enter");
+    await tab.online();
+    expect(await tab.run(() => document.querySelector<HTMLElement>("#password-form")!.hidden)).toBe(true);
+    expect(await tab.run(() => document.activeElement!.id)).toBe("text");
+  });
+
+  test("the draft survives a reload", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    await tab.view.click("#text");
+    await tab.view.type("half a thou");
+    await tab.reload();
+    expect(await tab.run(() => document.querySelector<HTMLTextAreaElement>("#text")!.value)).toBe("half a thou");
+  });
+});
+
+/** A TCP proxy that can fall silent: it forwards nothing more on its connections, and closes none. New ones work. */
+async function startProxy(port: number): Promise<{ url: string; silence(): void }> {
+  interface Pipe {
+    other: Bun.Socket<Pipe> | undefined;
+    waiting: Uint8Array[];
+    silent: boolean;
+  }
+  const pipes = new Set<Pipe>();
+  const handlers = {
+    data({ data }: Bun.Socket<Pipe>, chunk: Uint8Array) {
+      if (data.silent) return;
+      if (data.other) data.other.write(chunk);
+      else data.waiting.push(chunk.slice());
+    },
+    close({ data }: Bun.Socket<Pipe>) {
+      if (!data.silent) data.other?.end();
+    },
+  };
+  const listener = Bun.listen<Pipe>({
+    hostname: "localhost",
+    port: 0,
+    socket: {
+      ...handlers,
+      open(client) {
+        client.data = { other: undefined, waiting: [], silent: false };
+        pipes.add(client.data);
+        const data: Pipe = { other: client, waiting: [], silent: false };
+        pipes.add(data);
+        Bun.connect<Pipe>({ hostname: "localhost", port, data, socket: handlers }).then((server) => {
+          client.data.other = server;
+          for (const chunk of client.data.waiting.splice(0)) server.write(chunk);
+        });
+      },
+    },
+  });
+  started.push(() => listener.stop(true));
+  return {
+    url: `http://localhost:${listener.port}/`,
+    silence: () => pipes.forEach((pipe) => (pipe.silent = true)),
+  };
+}
+
+describePage("the connection", () => {
+  test("being offline is said in words, and what was written is sent at once when it ends", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    tab.expected = /ERR_INTERNET_DISCONNECTED/;
+    const offline = (offline: boolean) =>
+      tab.view.cdp("Network.emulateNetworkConditions", {
+        offline,
+        latency: 0,
+        downloadThroughput: -1,
+        uploadThroughput: -1,
+      });
+    await tab.view.cdp("Network.enable");
+    await offline(true);
+    await tab.until("the word", () => document.querySelector("#status")!.textContent === "Offline");
+    await tab.say("written offline");
+    await tab.untilText("written offline", "pending");
+    await offline(false);
+    await tab.untilText("written offline", "sent");
+    expect(textsOf(await readLog(url))).toEqual(["written offline"]);
+  });
+
+  test("an address that names no room is told so, and nothing is connected", async () => {
+    const { url } = await start();
+    for (const path of ["%ff", "a%00b", "x".repeat(65)]) {
+      const tab = await Tab.open(url + path);
+      await tab.until("the word", () => document.querySelector<HTMLElement>("#status")!.dataset.state === "bad-room");
+      expect(await tab.run(() => document.querySelector("#blank-title")!.textContent)).toBe("This is not a room");
+    }
+  });
+});
+
+describePage("scrolling", () => {
+  /** How far each drawn message stands from the top of the log, by its seq. */
+  const places = (tab: Tab) =>
+    tab.run(() => {
+      const top = document.querySelector("#log")!.getBoundingClientRect().top;
+      const rows = [...document.querySelectorAll<HTMLElement>(".message")];
+      return Object.fromEntries(rows.map((row) => [row.dataset.seq, row.getBoundingClientRect().top - top]));
+    });
+  const seqs = (tab: Tab) =>
+    tab.run(() => [...document.querySelectorAll<HTMLElement>(".message")].map((row) => Number(row.dataset.seq)));
+
+  test("the page sticks to the bottom when it is there", async () => {
+    const { url } = await start();
+    const bo = await fill(url, "", 50);
+    const tab = await Tab.join(url);
+    for (let n = 0; n < 5; n++) {
+      bo.post(`new ${n}`);
+      await tab.untilText(`new ${n}`);
+    }
+    await drawn(tab);
+    const below = () => {
+      const log = document.querySelector<HTMLElement>("#log")!;
+      return log.scrollHeight - log.clientHeight - log.scrollTop;
+    };
+    expect(await tab.run(below)).toBeLessThan(1);
+    expect(await tab.run(() => document.querySelector<HTMLElement>("#newer")!.hidden)).toBe(true);
+    await tab.size(400, 500);
+    await drawn(tab);
+    expect(await tab.run(below)).toBeLessThan(1);
+  });
+
+  test("who reads above is not moved; a button counts what is new, a line shows where it begins", async () => {
+    const { url } = await start();
+    const bo = await fill(url, "", 60);
+    const tab = await Tab.join(url);
+    await tab.run(() => document.querySelector("#log")!.scrollBy(0, -700));
+    await drawn(tab);
+    const before = await places(tab);
+    for (let n = 0; n < 3; n++) bo.post(`new ${n}`);
+    await tab.until("the button", () => document.querySelector("#newer")!.textContent === "3 new messages ↓");
+    const after = await places(tab);
+    for (const seq in before) expect(after[seq]).toBe(before[seq]!);
+    expect(await tab.run(() => document.title)).toBe("(3) Lobby – Chat");
+    const line = () => (document.querySelector(".unread-line")!.nextElementSibling as HTMLElement).dataset.seq;
+    expect(await tab.run(line)).toBe("61");
+    await tab.view.click("#newer");
+    await tab.until("the end", () => document.querySelector<HTMLElement>("#newer")!.hidden);
+    expect(await tab.run(() => document.title)).toBe("Lobby – Chat");
+  });
+
+  test("through 10,000 messages and back, nothing moves by a pixel and few rows are in the page", async () => {
+    const { url } = await start({ rate: 0 });
+    await fill(url, "", 10_000, (n) => `Message ${n} ${"word ".repeat(n % 40)}`);
+    const tab = await Tab.open(url);
+    await tab.untilText("Message 10000 ");
+    const moved = await tab.run(async () => {
+      const log = document.querySelector<HTMLElement>("#log")!;
+      const frame = () => new Promise((done) => requestAnimationFrame(done));
+      const rows = () => [...document.querySelectorAll<HTMLElement>(".message")];
+      let worst = 0;
+      let most = 0;
+      const sweep = async (step: number, end: string) => {
+        for (let still = 0; still < 100;) {
+          log.scrollTop += step;
+          const seen = rows().find((row) => row.getBoundingClientRect().bottom > log.getBoundingClientRect().top + 1)!;
+          const before = seen.getBoundingClientRect().top;
+          await frame();
+          await frame();
+          worst = Math.max(worst, seen.isConnected ? Math.abs(seen.getBoundingClientRect().top - before) : Infinity);
+          most = Math.max(most, rows().length);
+          const done = rows().some((row) => row.dataset.seq === end);
+          still = done ? still + 25 : 0;
+        }
+      };
+      await sweep(-6000, "1");
+      await sweep(6000, "10000");
+      return { worst, most };
+    });
+    expect(moved.worst).toBeLessThan(1);
+    expect(moved.most).toBeLessThanOrEqual(300);
+  });
+
+  test("a page with 10,000 messages of history opens in under a second", async () => {
+    const { url } = await start({ rate: 0 });
+    await fill(url, "", 10_000);
+    const tab = await Tab.join(`${url}other`);
+    const began = performance.now();
+    await tab.go(url);
+    await tab.untilText("Message 10000");
+    expect(performance.now() - began).toBeLessThan(1000);
+  });
+
+  test("#42 opens the page at that message, and from there all later ones can be reached", async () => {
+    const { url } = await start({ rate: 0 });
+    const bo = await fill(url, "", 1000);
+    const tab = await Tab.join(`${url}#42`);
+    await tab.until("message 42", () => document.querySelector<HTMLElement>(".found")?.dataset.seq === "42");
+    const { y, height } = await tab.run(() => {
+      const { y } = document.querySelector(".found")!.getBoundingClientRect();
+      return { y, height: innerHeight };
+    });
+    expect(y).toBeGreaterThan(0);
+    expect(y).toBeLessThan(height);
+    bo.post("a new one");
+    await tab.until("the count", () => document.querySelector("#newer")!.textContent === "1 new message ↓");
+    expect(await tab.texts()).not.toContain("a new one");
+    await tab.until("the end", () => {
+      const log = document.querySelector<HTMLElement>("#log")!;
+      log.scrollTop = log.scrollHeight;
+      return [...document.querySelectorAll<HTMLElement>(".message")].at(-1)!.dataset.seq === "1001";
+    });
+    const found = await seqs(tab);
+    expect(found).toEqual(found.map((_, i) => found[0]! + i));
+    await tab.run(() => (location.hash = "#500"));
+    await tab.until("message 500", () => document.querySelector<HTMLElement>(".found")?.dataset.seq === "500");
+    await tab.view.click("#newer");
+    await tab.untilText("a new one");
+  });
+});
+
+describePage("a history of the longest messages", () => {
+  test("can be read up and down, and opened at any message, though its pages are cut", async () => {
+    const { url } = await start({ rate: 0 });
+    await fill(url, "", 150, (n) => `${n} ${"x".repeat(16_000)}`);
+    const tab = await Tab.join(`${url}#20`);
+    for (const seq of ["20", "75"]) {
+      await tab.run((seq) => (location.hash = `#${seq}`), seq);
+      await tab.until(seq, (seq) => document.querySelector<HTMLElement>(".found")?.dataset.seq === seq, seq);
+    }
+    for (const [edge, seq] of [
+      [0, "1"],
+      [1, "150"],
+    ] as const) {
+      const reached = (edge: number, seq: string) => {
+        const log = document.querySelector<HTMLElement>("#log")!;
+        log.scrollTop = edge * log.scrollHeight;
+        return document.querySelector(`.message[data-seq="${seq}"]`);
+      };
+      await tab.until(seq, reached as (edge: number, seq: string) => unknown, edge, seq);
+    }
+  });
+});
+
+describePage("the composer", () => {
+  test("Enter sends and Shift+Enter breaks the line", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    await tab.view.click("#text");
+    await tab.view.type("one");
+    await tab.view.press("Enter", { modifiers: ["Shift"] });
+    await tab.view.type("two");
+    await tab.view.press("Enter");
+    await tab.untilText("one\ntwo", "sent");
+  });
+
+  test("Enter that ends a composition sends nothing, in either order of events", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    const sent = await tab.run(() => {
+      const field = document.querySelector<HTMLTextAreaElement>("#text")!;
+      const key = (isComposing: boolean, keyCode: number) =>
+        field.dispatchEvent(
+          new KeyboardEvent("keydown", { key: "Enter", isComposing, keyCode, bubbles: true, cancelable: true }),
+        );
+      const end = () => field.dispatchEvent(new CompositionEvent("compositionend", { data: "你好" }));
+      field.value = "你好";
+      key(true, 229); // Chrome, Firefox: the key first, within the composition
+      end();
+      end(); // Safari: the composition ends first
+      key(false, 229);
+      const early = document.querySelectorAll(".message").length;
+      key(false, 13);
+      return [early, document.querySelectorAll(".message").length];
+    });
+    expect(sent).toEqual([0, 1]);
+  });
+
+  test("the field grows to six lines", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    const height = (lines: number) =>
+      tab.run((lines) => {
+        const field = document.querySelector<HTMLTextAreaElement>("#text")!;
+        field.value = Array(lines).fill("x").join("\n");
+        field.dispatchEvent(new Event("input"));
+        return field.offsetHeight;
+      }, lines);
+    const [one, two, six, nine] = [await height(1), await height(2), await height(6), await height(9)];
+    expect([two - one, six - one, nine - six]).toEqual([24, 5 * 24, 0]);
+  });
+});
+
+describePage("what people write stays text", () => {
+  const HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "<svg/onload=alert(1)>",
+    "javascript:alert(1)",
+    "[x](javascript:alert(1)) data:text/html,<b>x</b>",
+    '"><iframe srcdoc="<b>x</b>">',
+    "&lt;b&gt; &amp; &#60;",
+    "{{7*7}} ${7*7} <%= 7 %>",
+    "\u202Eright to left override\u202C \u200Bzero\u200D width",
+    "\u0000\u0001\u001b[31m",
+    "__proto__",
+    "constructor",
+    "null",
+    " leading and   inner spaces",
+    "a\n\n\nb\ttab",
+    "*".repeat(5000),
+    "http://",
+    "https://[",
+    "x".repeat(16_384),
+    "🏳️‍🌈👩‍👩‍👧‍👦 é é ﷽",
+  ];
+
+  test("a battery of texts appears as it was written, and makes no element", async () => {
+    const { url } = await start();
+    const bo = await Client.join(url, { name: "Bo" });
+    const tab = await Tab.join(url);
+    HOSTILE.forEach((text, n) => bo.post(text, `h${n}`));
+    await tab.until("all of it", (count) => document.querySelectorAll(".message").length === count, HOSTILE.length);
+    expect(await tab.texts()).toEqual(HOSTILE);
+    const elements = () => document.querySelectorAll(".text *, .name *, main iframe, main script, main img").length;
+    expect(await tab.run(elements)).toBe(0);
+  });
+
+  test("a battery of names appears as it was given", async () => {
+    const { url } = await start();
+    const names = [
+      "<b>bold</b>",
+      '"onclick="alert(1)',
+      "__proto__",
+      "constructor",
+      "&amp;",
+      "\u202Eevil",
+      "👩‍👩‍👧",
+      "$& $1 `",
+      "(.*)+[",
+    ];
+    const tab = await Tab.join(url, { width: 1000 });
+    for (const name of names) (await Client.join(url, { name })).post("x", `n${names.indexOf(name)}`);
+    const count = names.length;
+    await tab.until("all of them", (count) => document.querySelectorAll(".message").length === count, count);
+    const shown = () => [...document.querySelectorAll(".message .name")].map((name) => name.textContent!);
+    expect((await tab.run(shown)).sort()).toEqual(names.sort());
+    await tab.until("the list", (count) => document.querySelectorAll("#people li").length === count + 1, count);
+    await tab.run((name) => localStorage.setItem("chat.name", JSON.stringify(name)), "(.*)+[");
+    await tab.reload();
+    await tab.until("the reload", (count) => document.querySelectorAll(".message").length === count, count);
+  });
+
+  test("links, code and mentions of one's own name become elements, and nothing else", async () => {
+    const { url } = await start();
+    const bo = await Client.join(url, { name: "Bo" });
+    const tab = await Tab.join(url);
+    const name = await tab.run(() => document.querySelector("#me")!.textContent!);
+    bo.post(`(see https://a.example/x?y=1.) \`a <b>\` @${name}!\n\`\`\`js\nlet x = "<i>";\n\`\`\``, "k1");
+    bo.post("看这里：https://b.example/路径，好吗？", "k2");
+    await tab.until("both", () => document.querySelectorAll(".message").length === 2);
+    const found = () => [...document.querySelectorAll(".text *")].map((e) => [e.localName, e.textContent!]);
+    expect(await tab.run(found)).toEqual([
+      ["a", "https://a.example/x?y=1"],
+      ["code", "a <b>"],
+      ["mark", `@${name}`],
+      ["pre", 'let x = "<i>";'],
+      ["code", 'let x = "<i>";'],
+      ["a", "https://b.example/路径"],
+    ]);
+    const link = () => {
+      const { href, rel, target } = document.querySelector<HTMLAnchorElement>(".text a")!;
+      return [href, rel, target];
+    };
+    expect(await tab.run(link)).toEqual(["https://a.example/x?y=1", "noopener noreferrer", "_blank"]);
+  });
+});
+
+describePage("attention, language, form", () => {
+  test("the title counts what came while the page was hidden", async () => {
+    const { url } = await start();
+    const bo = await Client.join(url, { name: "Bo" });
+    const tab = await Tab.join(url);
+    const hide = (hidden: boolean) => {
+      Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+      document.dispatchEvent(new Event("visibilitychange"));
+    };
+    await tab.run(hide, true);
+    for (let n = 0; n < 2; n++) bo.post(`unseen ${n}`);
+    await tab.until("the count", () => document.title === "(2) Lobby – Chat");
+    await tab.run(hide, false);
+    await tab.until("no count", () => document.title === "Lobby – Chat");
+  });
+
+  test("the page speaks Chinese to those who read it", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url, { languages: "zh-CN,zh,en" });
+    const said = () => [
+      document.documentElement.lang,
+      document.querySelector<HTMLTextAreaElement>("#text")!.placeholder,
+      document.querySelector("#send")!.textContent,
+      document.querySelector("#room")!.textContent,
+      document.querySelector("#status")!.textContent,
+    ];
+    expect(await tab.run(said)).toEqual(["zh-CN", "请输入", "发送", "大厅", "已连接"]);
+  });
+
+  test("nothing scrolls sideways and nothing is cut off at 320 pixels", async () => {
+    const { url } = await start();
+    const room = "room".repeat(16);
+    const long = await Client.join(url, { room, name: "W".repeat(32) });
+    [
+      "w".repeat(300),
+      `https://example.com/${"a".repeat(200)}`,
+      "```\n" + "c".repeat(200) + "\n```",
+      "مرحبا",
+      "x",
+    ].forEach((text, n) => long.post(text, `w${n}`));
+    const tab = await Tab.join(url + room, { width: 320, height: 480 });
+    await tab.say("mine ".repeat(50));
+    await tab.until("all", () => document.querySelectorAll(".message").length === 6);
+    for (const width of [320, 390, 768, 1440]) {
+      await tab.size(width, 700);
+      await drawn(tab);
+      const sideways = await tab.run(() => {
+        const log = document.querySelector<HTMLElement>("#log")!;
+        const wide = [...document.querySelectorAll("body *")].filter((element) => {
+          const { left, right, width } = element.getBoundingClientRect();
+          return width > 1 && (left < -1 || right > innerWidth + 1) && !element.closest("pre");
+        });
+        return [
+          document.documentElement.scrollWidth - innerWidth,
+          log.scrollWidth - log.clientWidth,
+          wide.map((e) => e.outerHTML.slice(0, 99)),
+        ];
+      });
+      expect([width, ...sideways]).toEqual([width, 0, 0, []]);
+    }
+  });
+
+  test("all can be done with the keyboard alone", async () => {
+    const { url } = await start();
+    const bo = await Client.join(url, { name: "Bo" });
+    bo.post("first", "k1");
+    bo.post("second", "k2");
+    await bo.untilMessages(2);
+    const tab = await Tab.join(url);
+    const focused = () =>
+      document.activeElement!.id || document.activeElement!.className || document.activeElement!.localName;
+    await tab.until("the count", () => !document.querySelector<HTMLElement>("#count")!.hidden);
+    await tab.run(() => document.querySelector<HTMLElement>("#text")!.blur());
+    const order: string[] = [];
+    while (order.at(-1) !== "send" && order.length < 10) {
+      await tab.view.press("Tab");
+      order.push(await tab.run(focused));
+    }
+    expect(order).toEqual(["show-rooms", "count", "log", "me", "text", "send"]);
+    await tab.run(() => document.querySelector<HTMLElement>("#log")!.focus());
+    await tab.view.press("ArrowUp");
+    await tab.view.press("ArrowUp");
+    expect(await tab.run(() => (document.activeElement as HTMLElement).dataset.seq)).toBe("1");
+    await tab.view.press("Tab");
+    expect(await tab.run(focused)).toBe("copy");
+    await tab.view.press("Enter");
+    await tab.until("the notice", () => document.querySelector("#notice")!.textContent === "Copied");
+    await tab.view.press("Escape");
+    expect(await tab.run(focused)).toBe("text");
+    await tab.run(() => document.querySelector<HTMLElement>("#count")!.focus());
+    await tab.view.press("Enter");
+    expect(await tab.run(() => document.querySelector("#who")!.matches(":popover-open"))).toBe(true);
+    await tab.view.press("Escape");
+    expect(await tab.run(() => document.querySelector("#who")!.matches(":popover-open"))).toBe(false);
+    expect(await tab.run(focused)).toBe("count");
+  });
+
+  test.each([false, true])("every text has a contrast of 4.5 to 1 (dark: %p)", async (dark) => {
+    const { url } = await start();
+    const bo = await Client.join(url, { name: "Bo" });
+    const tab = await Tab.join(url, { dark, width: 1300 });
+    const name = await tab.run(() => document.querySelector("#me")!.textContent!);
+    bo.post(`\`code\` https://a.example @${name}`, "k1");
+    await tab.say("mine `code` https://b.example");
+    await tab.say("é".repeat(8193));
+    await tab.until("all", () => document.querySelectorAll(".message").length === 3);
+    const low = await tab.run(lowContrasts);
+    expect(low).toEqual([]);
+  });
+});
+
+/** In the page: the texts whose contrast with what is behind them is below 4.5, with names in all hues. */
+function lowContrasts(): string[] {
+  const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true })!;
+  const paint = (colors: string[]) => {
+    for (const color of colors) {
+      context.fillStyle = color;
+      context.fillRect(0, 0, 1, 1);
+    }
+    return [...context.getImageData(0, 0, 1, 1).data];
+  };
+  const luminance = (rgb: number[]) => {
+    const [r, g, b] = rgb.map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r! + 0.7152 * g! + 0.0722 * b!;
+  };
+  const contrast = (element: Element) => {
+    const grounds: string[] = [];
+    for (let e: Element | null = element; e; e = e.parentElement) grounds.unshift(getComputedStyle(e).backgroundColor);
+    const ground = paint(["white", ...grounds]);
+    const text = paint([`rgb(${ground.slice(0, 3).join()})`, getComputedStyle(element).color]);
+    const [low, high] = [luminance(ground), luminance(text)].sort((a, b) => a - b);
+    return (high! + 0.05) / (low! + 0.05);
+  };
+  const low: string[] = [];
+  const check = (element: Element, what: string) => {
+    const found = contrast(element);
+    if (found < 4.5) low.push(`${what}: ${found.toFixed(2)}`);
+  };
+  for (const element of document.querySelectorAll("body *")) {
+    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent!.trim());
+    if (own && element.checkVisibility()) check(element, `${element.localName}.${element.className}#${element.id}`);
+  }
+  const row = document.querySelector<HTMLElement>(".message:not(.own)")!;
+  for (let hue = 0; hue < 360; hue++) {
+    for (const element of row.querySelectorAll<HTMLElement>(".name, .avatar")) {
+      element.style.setProperty("--hue", String(hue));
+      check(element, `${element.className} ${hue}`);
+    }
+  }
+  return low;
+}
+
+// ─── The page in happy-dom: what needs no layout ─────────────────────────────────────────────────────────────────────
+
+describe("without a layout", () => {
+  /** A page of the chat in happy-dom. */
+  async function openPage(url: string, languages = ["en-US"], prepare = (_: BrowserWindow) => {}) {
+    const browser = new Browser({
+      settings: { enableJavaScriptEvaluation: true, suppressInsecureJavaScriptEnvironmentWarning: true },
+    });
+    const sockets: WebSocket[] = [];
+    started.push(() => {
+      for (const socket of sockets) socket.onclose = null; // else it would tell a page that is gone
+      return browser.close();
+    });
+    const page = browser.newPage();
+    page.url = url;
+    const window = page.mainFrame.window;
+    Object.defineProperty(window.navigator, "languages", { value: languages });
+    class PageSocket extends WebSocket {
+      constructor(url: string, protocol: string) {
+        super(url, protocol);
+        sockets.push(this);
+      }
+    }
+    Object.assign(window, { WebSocket: PageSocket });
+    prepare(window);
+    page.content = await (await fetch(url)).text();
+    const document = window.document;
+    const until = async (what: string, done: () => unknown) => {
+      const end = performance.now() + DEADLINE_MS;
+      while (!done()) {
+        if (performance.now() > end) throw new Error(`${what} did not come in ${DEADLINE_MS} ms`);
+        await Bun.sleep(5);
+      }
+    };
+    const $ = (selector: string) => document.querySelector(selector) as HTMLElement & HTMLTextAreaElement;
+    const rows = () => [...document.querySelectorAll(".message")] as HTMLElement[];
+    await until("the connection", () => $("#status").dataset.state === "online");
+    const say = (text: string) => {
+      $("#text").value = text;
+      $("#send").click();
+    };
+    return { window, until, $, rows, say };
+  }
+
+  test("the page speaks Chinese or English", async () => {
+    const { url } = await start();
+    const zh = await openPage(url, ["zh-CN", "en"]);
+    expect([zh.$("html").lang, zh.$("#text").placeholder, zh.$("#send").textContent]).toEqual([
+      "zh-CN",
+      "请输入",
+      "发送",
+    ]);
+    const en = await openPage(url, ["fr", "en"]);
+    expect([en.$("html").lang, en.$("#text").placeholder, en.$("#send").textContent]).toEqual([
+      "en",
+      "Write a message",
+      "Send",
+    ]);
+  });
+
+  test("a message is pending at once, then sent, and others receive it", async () => {
+    const { url } = await start();
+    const bo = await Client.join(url, { name: "Bo" });
+    const page = await openPage(url);
+    page.say("hi Bo");
+    expect(page.rows()[0]!.dataset.state).toBe("pending");
+    await page.until("the confirmation", () => page.rows()[0]!.dataset.state === "sent");
+    await bo.untilMessages(1);
+    bo.post("hi you");
+    await page.until("the answer", () => page.rows().length === 2);
+    expect(page.rows()[1]!.querySelector(".text")!.textContent).toBe("hi you");
+  });
+
+  test("the draft is kept", async () => {
+    const { url } = await start();
+    const page = await openPage(url);
+    page.$("#text").value = "half a thou";
+    page.$("#text").dispatchEvent(new page.window.Event("input"));
+    expect(page.window.localStorage.getItem("chat.draft:")).toBe('"half a thou"');
+  });
+
+  test("the page works when storage is forbidden and notifications are missing", async () => {
+    const { url } = await start();
+    const page = await openPage(url, ["en"], (window) => {
+      const forbidden = {
+        get: () => {
+          throw new Error("storage is forbidden");
+        },
+      };
+      Object.defineProperty(window, "localStorage", forbidden);
+      Object.defineProperty(window, "Notification", { value: undefined });
+    });
+    page.say("still here");
+    await page.until("the confirmation", () => page.rows()[0]?.dataset.state === "sent");
   });
 });

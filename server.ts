@@ -1618,7 +1618,7 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
 
 /** The address that a request comes from, seen past as many proxies as are trusted. */
 function addressOf(request: Request, server: Bun.Server<Member>, proxies: number): string {
-  const socket = server.requestIP(request)?.address ?? "";
+  const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 that came to an IPv6 socket
   if (proxies === 0) return socket;
   // Each proxy appends the address that it was reached from. Counted from the right, what a client made up is never reached.
   const forwarded =
