@@ -1,0 +1,60 @@
+/// <reference types="bun-types" />
+/**
+ * Makes the README's pictures from the running server: `bun run picture` (needs Chromium).
+ * Light and dark, wide and narrow, with a short conversation in them.
+ */
+import { startChat } from "../server.ts";
+
+const ARGV = ["--no-sandbox", "--disable-quic", "--disable-component-update", "--disable-sync"];
+const SIZES = { wide: [1100, 720], narrow: [390, 720] } as const;
+
+const chat = await startChat({ port: 0, db: ":memory:", logLevel: "silent" });
+const socketUrl = chat.url.replace("http", "ws");
+
+/** Somebody who says something and stays. */
+async function say(name: string, ...texts: string[]): Promise<void> {
+  const socket = new WebSocket(`${socketUrl}ws/team?name=${encodeURIComponent(name)}`, "chat.v1");
+  const done = Promise.withResolvers<void>();
+  const post = (text: string) => socket.send(JSON.stringify({ type: "post", key: crypto.randomUUID(), text }));
+  let seen = 0;
+  socket.onmessage = ({ data }) => {
+    const frame = JSON.parse(data);
+    if (frame.type === "hello") texts.forEach(post);
+    if (frame.type === "messages" && (seen += frame.messages.length) >= texts.length) done.resolve();
+  };
+  await done.promise;
+}
+
+await say("Ann", "Good morning! The release is out: https://example.org/releases/42", "Notes are in the usual place.");
+await say("小明", "太好了,我下午把文档更新一下。");
+await say("Bo", "Nice. One thing for later:\n```\nbun run server.ts export > chat.jsonl\n```");
+await say("Dana", "Is the demo still at three?");
+
+for (const scheme of ["light", "dark"] as const) {
+  for (const [size, [width, height]] of Object.entries(SIZES)) {
+    await using view = new Bun.WebView({ width, height, backend: { type: "chrome", argv: ARGV } });
+    await view.navigate("about:blank");
+    await view.cdp("Emulation.setEmulatedMedia", { features: [{ name: "prefers-color-scheme", value: scheme }] });
+    await view.cdp("Emulation.setDeviceMetricsOverride", { width, height, deviceScaleFactor: 1, mobile: false });
+    await view.navigate(`${chat.url}team`);
+    await view.evaluate(`new Promise((shown) => {
+      const look = () => (document.querySelector(".message") ? setTimeout(shown, 1500) : setTimeout(look, 50));
+      look();
+    })`);
+    if (scheme === "light" && size === "wide") {
+      await view.click("#text");
+      await view.type("Yes, in the big room");
+      await view.press("Enter");
+      await view.evaluate(`new Promise((sent) => {
+        const look = () => (document.querySelector("[data-state=sent]") ? setTimeout(sent, 500) : setTimeout(look, 50));
+        look();
+      })`);
+    }
+    await Bun.write(
+      `${import.meta.dir}/${scheme}-${size}.webp`,
+      await view.screenshot({ format: "webp", quality: 80 }),
+    );
+  }
+}
+await chat.stop();
+process.exit();
