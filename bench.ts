@@ -834,9 +834,9 @@ async function makeDatabase(messages: number): Promise<string> {
   db.run(
     `WITH RECURSIVE n (seq) AS (SELECT 1 UNION ALL SELECT seq + 1 FROM n WHERE seq < ?)
      INSERT INTO messages (room, seq, at, name, key, text)
-     SELECT (SELECT id FROM rooms WHERE name = ?), seq, 1790000000000 + seq, 'Person' || (seq % 100),
+     SELECT (SELECT id FROM rooms WHERE name = ?), seq, ? + seq, 'Person' || (seq % 100),
             'k' || lower(hex(randomblob(8))), printf('%0128d', seq) FROM n`,
-    [messages, FILLED_ROOM],
+    [messages, FILLED_ROOM, Date.now() - messages], // the newest just now: old rooms may be forgotten
   );
   db.run("PRAGMA wal_checkpoint(TRUNCATE)");
   db.close();
