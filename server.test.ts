@@ -12,7 +12,17 @@ import { join } from "node:path";
 import { Browser, type BrowserWindow, type Element, type HTMLAnchorElement } from "happy-dom";
 import type { HTMLElement, HTMLTextAreaElement } from "happy-dom";
 
-import { type Chat, type Config, type Message, readConfig, type ServerFrame, startChat } from "./server.ts";
+import {
+  type Chat,
+  type Config,
+  exportMessages,
+  importMessages,
+  type Message,
+  readConfig,
+  type ServerFrame,
+  type StartError,
+  startChat,
+} from "./server.ts";
 
 // ─── Tools: servers, clients, waiting ────────────────────────────────────────────────────────────────────────────────
 
@@ -1489,17 +1499,19 @@ describe("export and import", () => {
       plain.send("from a plain socket");
       await ann.untilMessages(2500);
       await plain.untilTexts(1);
-      const exported = await run({ ...sqlite.env, CHAT_HISTORY: "1200" }, ["export"]);
-      expect(exported.out.split("\n").filter(Boolean)).toHaveLength(1201);
-      const file = newFile();
-      for (const [store, out] of [
-        [redis, exported.out],
-        [back, exported.out],
-      ] as const) {
-        await Bun.write(file, out);
-        expect(await run(store.env, ["import", file])).toEqual({ code: 0, out: "", said: "1201 messages imported.\n" });
-        const again = await run(store.env, ["export"]);
-        expect(again.out.split("\n").toSorted()).toEqual(out.split("\n").toSorted());
+      const settings = (store: Partial<Config>): Config => ({ ...readConfig({ CHAT_HISTORY: "1200" }), ...store });
+      const lines = async (store: Partial<Config>): Promise<string[]> => {
+        let text = "";
+        const count = await exportMessages(settings(store), async (lines) => void (text += lines));
+        expect(count).toBe(1201);
+        return text.split("\n");
+      };
+      const exported = await lines(sqlite.config);
+      const { out, said } = await run({ ...sqlite.env, CHAT_HISTORY: "1200" }, ["export"]);
+      expect([out.split("\n"), said]).toEqual([exported, "1201 messages exported.\n"]);
+      for (const { config } of [redis, back]) {
+        expect(await importMessages(settings(config), exported.join("\n"))).toBe(1201);
+        expect((await lines(config)).toSorted()).toEqual(exported.toSorted());
       }
       const moved = await start(redis.config);
       const { epoch } = await ann.first("hello");
@@ -1528,24 +1540,27 @@ describe("export and import", () => {
     ];
     for (const { name, make } of STORES) {
       if (name === "Redis" && !REDIS_SERVER) continue;
-      const { env } = await make();
-      const file = newFile();
+      const config = { ...readConfig({}), ...(await make()).config };
+      await (await start(config)).stop(); // makes the database
+      const taken = async (...lines: unknown[]): Promise<string> => {
+        const text = lines.map((line) => (line === "no json" ? line : JSON.stringify(line))).join("\n");
+        return importMessages(config, text).then(String, ({ message }: StartError) => message);
+      };
       for (const [second, why] of broken) {
-        await Bun.write(file, `${JSON.stringify(line)}\n${second === "no json" ? second : JSON.stringify(second)}\n`);
-        const said = `Line 2: ${why}. Nothing was imported.\n`;
-        expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
+        expect(await taken(line, second)).toBe(`Line 2: ${why}. Nothing was imported.`);
       }
-      expect((await run(env, ["export"])).out).toBe("");
-      await Bun.write(file, JSON.stringify(line));
-      expect((await run(env, ["import", file])).code).toBe(0);
-      const said = 'Room "" has messages already. Nothing was imported.\n';
-      expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
+      expect(await exportMessages(config, async () => {})).toBe(0);
+      expect(await taken(line)).toBe("1");
+      expect(await taken(line)).toBe('Room "" has messages already. Nothing was imported.');
+      expect(await taken({ ...line, room: "new" }, { ...line, room: "" })).toMatch(/Nothing was imported/);
+      expect(await exportMessages(config, async () => {})).toBe(1);
     }
-    const db = newFile();
-    await start({ db });
+    const { config, env } = await STORES[0]!.make();
+    await start(config);
     const file = newFile();
     await Bun.write(file, JSON.stringify(line));
-    expect((await run({ CHAT_DB: db }, ["import", file])).said).toMatch(/is a second server running\?\n$/);
+    const { code, said } = await run(env, ["import", file]);
+    expect([code, said]).toEqual([1, expect.stringMatching(/is a second server running\?\n$/)]);
   });
 });
 

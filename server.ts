@@ -1986,20 +1986,27 @@ interface Line extends Message {
   epoch: string;
 }
 
-/** Messages between two lines of progress. */
-const PROGRESS_LINES = 100_000;
 /** Messages that are read from Redis, or written to it, at once. */
 const MOVE_MESSAGES = 1000;
 
 /** The kept messages of all rooms in a SQLite file, as they are at one moment. A server that uses the file is not disturbed. */
 function* exportSqlite({ db: path, history }: Config): Generator<Line> {
-  using db = new Database(path, { readonly: true });
+  using db = openToRead(path);
   const rows = db.query<Row & { room: string; epoch: string }, [number]>(
     `SELECT rooms.name AS room, epoch, seq, at, messages.name, key, text FROM rooms JOIN messages ON room = id
      WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`,
   );
   for (const { room, epoch, seq, at, name, text, key } of rows.iterate(history)) {
     yield { room, epoch, ...message(seq, at, name, text, key) };
+  }
+}
+
+/** @throws StartError when there is no such database */
+function openToRead(path: string): Database {
+  try {
+    return new Database(path, { readonly: true });
+  } catch (error) {
+    throw new StartError(`CHAT_DB=${path}: the database cannot be read: ${(error as Error).message}.`);
   }
 }
 
@@ -2027,17 +2034,22 @@ async function* exportRedis({ redisUrl, prefix }: Config): AsyncGenerator<Line> 
   }
 }
 
-/** Prints the export, a JSON object in each line. */
-async function exportMessages(config: Config): Promise<void> {
-  const out = Bun.stdout.writer();
+/**
+ * Writes the kept messages of every room, a JSON object in each line; a server on the same store is not disturbed.
+ * @param write takes some lines at a time; the next ones come when its promise resolves
+ * @returns how many messages there were
+ */
+export async function exportMessages(config: Config, write: (lines: string) => Promise<unknown>): Promise<number> {
   let count = 0;
+  let lines = "";
   for await (const line of config.redisUrl === "" ? exportSqlite(config) : exportRedis(config)) {
-    out.write(`${JSON.stringify(line)}\n`);
-    if (++count % MOVE_MESSAGES === 0) await out.flush();
-    if (count % PROGRESS_LINES === 0) console.error(`${count} messages …`);
+    lines += `${JSON.stringify(line)}\n`;
+    if (++count % MOVE_MESSAGES !== 0) continue;
+    await write(lines);
+    lines = "";
   }
-  await out.end();
-  console.error(`${count} messages exported.`);
+  await write(lines);
+  return count;
 }
 
 /** Reads an export and checks all of it, so that a broken one changes nothing. @throws StartError with the line's number */
@@ -2083,12 +2095,16 @@ function parseLine(json: string): Line | string {
   return { room, epoch, ...message(seq as number, at as number, name, text, key) };
 }
 
-/** Takes an export into rooms that have no messages yet. @throws StartError when it is broken, or a room has some */
-async function importMessages(config: Config, path: string | undefined): Promise<void> {
-  const rooms = readExport(await (path === undefined ? Bun.stdin : Bun.file(path)).text());
+/**
+ * Takes an export into a store that does not have its rooms yet: all of it or nothing.
+ * @returns how many messages there were
+ * @throws StartError when a line is broken, a room has messages already, or a server uses the SQLite file
+ */
+export async function importMessages(config: Config, text: string): Promise<number> {
+  const rooms = readExport(text);
   if (config.redisUrl === "") importSqlite(config, rooms);
   else await importRedis(config, rooms);
-  console.error(`${[...rooms.values()].reduce((sum, { length }) => sum + length, 0)} messages imported.`);
+  return [...rooms.values()].reduce((sum, { length }) => sum + length, 0);
 }
 
 /** All in one transaction. A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
@@ -2096,16 +2112,20 @@ function importSqlite(config: Config, rooms: Map<string, Line[]>): void {
   const { db, lock } = openLocked(config);
   const insertRoom = db.query("INSERT INTO rooms (name, epoch) VALUES (?, ?)");
   const insert = db.query(INSERT_MESSAGE);
-  db.transaction(() => {
+  const insertAll = db.transaction(() => {
     for (const [room, lines] of rooms) {
       const taken = db.query("SELECT 1 FROM rooms WHERE name = ?").get(room);
       if (taken) throw new StartError(`Room "${room}" has messages already. Nothing was imported.`);
       const { lastInsertRowid: id } = insertRoom.run(room, (lines[0] as Line).epoch);
       for (const { seq, at, name, key, text } of lines) insert.run(id, seq, at, name, key ?? null, text);
     }
-  }).immediate();
-  db.close();
-  lock?.close();
+  });
+  try {
+    insertAll.immediate();
+  } finally {
+    db.close();
+    lock?.close();
+  }
 }
 
 /** ARGV: prefix, room, then seq, at, name, text, key of each message. */
@@ -2172,9 +2192,25 @@ async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "--help" || command === "-h") return console.log(HELP);
   if (command === "--version" || command === "-v") return console.log(version);
   if (command === undefined) return serve(readConfig(process.env));
-  if (command === "export" && rest.length === 0) return exportMessages(readConfig(process.env));
-  if (command === "import" && rest.length <= 1) return importMessages(readConfig(process.env), rest[0]);
+  if (command === "export" && rest.length === 0) return printExport(readConfig(process.env));
+  if (command === "import" && rest.length <= 1) {
+    const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
+    return console.error(`${await importMessages(readConfig(process.env), text)} messages imported.`);
+  }
   throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
+}
+
+/** Writes an export to standard output, and to a terminal's standard error how far it is. */
+async function printExport(config: Config): Promise<void> {
+  const out = Bun.stdout.writer();
+  let written = 0;
+  const count = await exportMessages(config, async (lines) => {
+    out.write(lines);
+    await out.flush();
+    written += lines.length;
+    if (process.stderr.isTTY) process.stderr.write(`\r${Math.round(written / 1e6)} MB `);
+  });
+  console.error(`${count} messages exported.`);
 }
 
 /** Serves until SIGTERM or SIGINT. */
