@@ -6,6 +6,7 @@
 import { Database } from "bun:sqlite";
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
 import { mkdtempSync, rmSync } from "node:fs";
+import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 
@@ -1381,6 +1382,913 @@ describe("the SQLite store", () => {
     again.post("meanwhile");
     await again.untilMessages(2);
     expect(textsOf(await bo.untilMessages(2))).toEqual(["before", "meanwhile"]);
+  });
+});
+
+// ─── Many servers, one chat ──────────────────────────────────────────────────────────────────────────────────────────
+
+/** A TCP proxy in front of a Redis: the network between one server and its Redis. */
+class Wire {
+  /** Both ends of each connection. */
+  readonly #ends = new Set<Socket>();
+  #silent = false;
+  readonly #listener = createServer((near) => {
+    const far = connect(this.port, "127.0.0.1");
+    for (const [end, other] of [[near, far] as const, [far, near] as const]) {
+      this.#ends.add(end);
+      if (this.#silent) end.pause();
+      end.on("data", (data) => void other.write(data));
+      end.on("error", () => {});
+      end.on("close", () => {
+        this.#ends.delete(end);
+        other.destroy();
+      });
+    }
+  });
+
+  private constructor(readonly port: number) {}
+
+  static async to({ port }: Redis): Promise<Wire> {
+    const wire = new Wire(port);
+    await new Promise<void>((listening) => wire.#listener.listen(0, "127.0.0.1", listening));
+    started.push(() => {
+      wire.cut();
+      wire.#listener.close();
+    });
+    return wire;
+  }
+
+  get url(): string {
+    return `redis://127.0.0.1:${(this.#listener.address() as AddressInfo).port}`;
+  }
+
+  get connections(): number {
+    return this.#ends.size / 2;
+  }
+
+  /** Forwards nothing any more, and tells nobody: what is sent waits. */
+  silence(): void {
+    this.#silent = true;
+    for (const end of this.#ends) end.pause();
+  }
+
+  /** Forwards again, first what waited. */
+  speak(): void {
+    this.#silent = false;
+    for (const end of this.#ends) end.resume();
+  }
+
+  /** Ends every connection at once; new ones are possible. */
+  cut(): void {
+    for (const end of [...this.#ends]) end.destroy();
+  }
+}
+
+/** A Redis for one test, that it may do anything to. */
+async function ownRedis(...args: string[]): Promise<Redis> {
+  const redis = await Redis.start(...args);
+  started.push(async () => {
+    redis.signal("SIGCONT");
+    await redis.kill();
+  });
+  return redis;
+}
+
+/** Servers of one chat, each in a process of its own. */
+async function spawnServers(count: number, url: string, env: Record<string, string> = {}): Promise<ServerProcess[]> {
+  return Promise.all(Array.from({ length: count }, () => spawnServer({ REDIS_URL: url, CHAT_RATE: "0", ...env })));
+}
+
+const REST_MS = 15;
+
+/**
+ * A client that posts all the time and keeps all it was ever told. When its connection ends, it goes to the next server,
+ * with `epoch` and `after`, and sends again what was not confirmed.
+ */
+class Mover {
+  /** What it was told: one record for each time that it started afresh. */
+  readonly records: { epoch: string; messages: Message[] }[] = [];
+  /** What it posted and saw neither in the log nor acked, by key. */
+  readonly outbox = new Map<string, string>();
+  /** Keys that were acked or seen, and the epoch of that log. */
+  readonly confirmed = new Map<string, string>();
+  /** How its connections ended. */
+  readonly closes: number[] = [];
+  resumes = 0;
+  talking = true;
+  #server: number;
+  #client: Client | undefined;
+  #stopped = false;
+  #posted = 0;
+
+  constructor(
+    readonly name: string,
+    readonly servers: { url: string }[],
+    server: number,
+    readonly room = "",
+  ) {
+    this.#server = server;
+    started.push(() => this.stop());
+    void this.#run();
+  }
+
+  /** The newest seq that it was told. */
+  get last(): number {
+    const record = this.records.at(-1);
+    return record?.messages.at(-1)?.seq ?? 0;
+  }
+
+  async #run(): Promise<void> {
+    for (; !this.#stopped; this.#server++) {
+      try {
+        const { url } = this.servers[this.#server % this.servers.length] as { url: string };
+        const epoch = this.records.at(-1)?.epoch;
+        const resume = epoch === undefined ? {} : { epoch, after: this.last };
+        const client = await Client.connect(url, { room: this.room, name: this.name, ...resume });
+        this.#client = client;
+        client.ws.addEventListener("message", () => this.#take(client));
+        client.ws.addEventListener("close", ({ code }) => this.closes.push(code));
+        await client.until("the hello", () => this.#joined(client));
+        for (const [key, text] of this.outbox) client.post(text, key);
+        while (client.ws.readyState === WebSocket.OPEN && !this.#stopped) await this.#talk(client);
+      } catch {
+        await Bun.sleep(REST_MS); // the server is away: not a wait for something, only not to spin
+      }
+    }
+  }
+
+  readonly #met = new WeakSet<Client>();
+  #joined(client: Client): boolean {
+    return this.#met.has(client);
+  }
+
+  async #talk(client: Client): Promise<void> {
+    if (this.talking && this.outbox.size < 3) {
+      const key = `${this.name}-${this.#posted++}`;
+      this.outbox.set(key, `text of ${key}`);
+      client.post(`text of ${key}`, key);
+    }
+    await Bun.sleep(REST_MS); // people do not talk without a break
+  }
+
+  /** Takes the frames that came since the last time. */
+  #take(client: Client): void {
+    for (const frame of client.frames.splice(0)) {
+      if (frame.type === "hello") {
+        this.#met.add(client);
+        if (frame.resumed) this.resumes++;
+        else this.records.push({ epoch: frame.epoch, messages: [] });
+      }
+      const { epoch, messages } = this.records.at(-1) as Mover["records"][0];
+      if (frame.type === "ack") this.#confirm(frame.key, epoch);
+      if (frame.type === "hello" || frame.type === "messages") {
+        messages.push(...frame.messages);
+        for (const { key } of frame.messages) if (key) this.#confirm(key, epoch);
+      }
+    }
+  }
+
+  #confirm(key: string, epoch: string): void {
+    if (this.outbox.delete(key)) this.confirmed.set(key, epoch);
+  }
+
+  /** Waits until `n` posts more of this client were confirmed. */
+  async talks(n: number): Promise<void> {
+    const wanted = this.confirmed.size + n;
+    const loop = async () => {
+      while (this.confirmed.size < wanted) await Bun.sleep(2); // polls what the other task of this client counts
+    };
+    await within(loop(), `${n} more posts of ${this.name}`);
+  }
+
+  /** Posts no more; waits until all it posted is confirmed. */
+  async quiet(): Promise<void> {
+    this.talking = false;
+    const loop = async () => {
+      while (this.outbox.size > 0) await Bun.sleep(2); // polls, as above
+    };
+    await within(loop(), `the last posts of ${this.name}`);
+  }
+
+  /** Waits until this client was told all up to a seq. */
+  async reaches(seq: number): Promise<void> {
+    const loop = async () => {
+      while (this.last < seq) await Bun.sleep(2); // polls, as above
+    };
+    await within(loop(), `seq ${seq} at ${this.name}, which was told ${this.last},`);
+  }
+
+  cut(): void {
+    this.#client?.ws.terminate();
+  }
+
+  stop(): void {
+    this.#stopped = true;
+    this.cut();
+  }
+}
+
+/** `count` movers spread over servers. */
+function movers(count: number, servers: { url: string }[], room = ""): Mover[] {
+  return Array.from({ length: count }, (_, i) => new Mover(`m${i}`, servers, i, room));
+}
+
+const allTalk = (all: Mover[], n: number) => Promise.all(all.map((mover) => mover.talks(n)));
+
+/**
+ * Ends the talk, and compares what everyone was told and promised with the log, on every server: nothing confirmed is
+ * missing, nothing is doubled, one order, no holes, and nobody was left behind.
+ */
+async function expectOneChat(all: Mover[], servers: { url: string }[], room = ""): Promise<Message[]> {
+  await Promise.all(all.map((mover) => mover.quiet()));
+  // All is confirmed; the tail of a server may be a moment behind the one that confirmed it.
+  const lasts = await Promise.all(servers.map(async ({ url }) => (await readLog(url, room)).at(-1)?.seq ?? 0));
+  const whole = async ({ url }: { url: string }) => {
+    for (;;) {
+      const log = await readLog(url, room);
+      if ((log.at(-1)?.seq ?? 0) >= Math.max(...lasts)) return log;
+    }
+  };
+  const [log = [], ...others] = await within(Promise.all(servers.map(whole)), "the whole log on each server");
+  for (const other of others) expect(other).toEqual(log);
+  expectDense(log);
+  const keys = log.map(({ key }) => key as string);
+  expect(new Set(keys).size).toBe(keys.length);
+  const last = (log.at(-1) as Message).seq;
+  await Promise.all(all.map((mover) => mover.reaches(last)));
+  const epoch = all[0]?.records.at(-1)?.epoch as string;
+  const kept = new Set(keys);
+  const old = new Map<string, Message>();
+  for (const { name, records, confirmed } of all) {
+    expect(records.at(-1)?.epoch).toBe(epoch);
+    for (const record of records) {
+      expectDense(record.messages);
+      if (record.epoch === epoch) {
+        const from = (record.messages[0]?.seq ?? 1) - (log[0] as Message).seq;
+        expect(record.messages).toEqual(log.slice(from, from + record.messages.length));
+      } else {
+        for (const each of record.messages) {
+          const place = `${record.epoch} ${each.seq}`;
+          expect(each).toEqual(old.get(place) ?? each); // a log that is gone was one and the same for all
+          old.set(place, each);
+        }
+      }
+    }
+    expect([...confirmed].filter(([key, of]) => of === epoch && !kept.has(key))).toEqual([]);
+    const own = log.filter(({ key }) => key?.startsWith(`${name}-`)).map(({ key }) => Number(key?.split("-")[1]));
+    expect([name, own]).toEqual([name, own.toSorted((a, b) => a - b)]); // what one client sends stays in its order
+  }
+  return log;
+}
+
+describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
+  test("forty clients of both dialects over three servers see the same messages in the same order", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const clients = await Promise.all(
+      Array.from({ length: 40 }, (_, i) =>
+        Client.join((servers[i % 3] as ServerProcess).url, { name: `c${i}`, plain: i % 4 === 3 }),
+      ),
+    );
+    for (let round = 0; round < 25; round++) {
+      for (const [i, client] of clients.entries()) {
+        if (client.ws.protocol === "") client.send(`${i}:${round}`);
+        else client.post(`${i}:${round}`);
+      }
+    }
+    const seen = await Promise.all(
+      clients.map(async (c) => (c.ws.protocol === "" ? c.untilTexts(1000) : textsOf(await c.untilMessages(1000)))),
+    );
+    const logs = await Promise.all(servers.map(({ url }) => readLog(url)));
+    const log = logs[0] as Message[];
+    expectDense(log);
+    expect(log.at(-1)?.seq).toBe(1000);
+    for (const other of logs) expect(other).toEqual(log);
+    for (const texts of seen) expect(texts).toEqual(textsOf(log));
+    for (let i = 0; i < 40; i++) {
+      const own = textsOf(log).filter((text) => text.startsWith(`${i}:`));
+      expect(own).toEqual(Array.from({ length: 25 }, (_, round) => `${i}:${round}`));
+    }
+    const epochs = await Promise.all(
+      servers.map(async ({ url }) => (await (await Client.join(url)).first("hello")).epoch),
+    );
+    expect(new Set(epochs).size).toBe(1);
+  });
+
+  test("a client goes from server to server and misses nothing, and never has to start afresh", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(9, servers);
+    const random = randomFrom(3);
+    for (let cut = 0; cut < 60; cut++) {
+      const mover = all[Math.floor(random() * all.length)] as Mover;
+      await mover.talks(1);
+      mover.cut();
+    }
+    await allTalk(all, 3);
+    await expectOneChat(all, servers);
+    expect(all.map(({ records }) => records.length)).toEqual(all.map(() => 1));
+  });
+
+  test("a post sent again on another server is acked with its seq, not stored again", async () => {
+    const redis = await ownRedis();
+    const [one, other] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url);
+    ann.post("hi", "k1");
+    await ann.untilMessages(1);
+    ann.ws.terminate();
+    const again = await Client.join(other.url);
+    again.post("hi", "k1");
+    expect(await again.first("ack")).toEqual({ type: "ack", key: "k1", seq: 1 });
+    again.post("next", "k2");
+    expect(textsOf(await again.untilMessages(2))).toEqual(["hi", "next"]);
+  });
+
+  test("the same post sent on two servers at once is stored once", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(2, redis.url);
+    const clients = await Promise.all(servers.map(({ url }) => Client.join(url)));
+    for (let i = 0; i < 100; i++) for (const client of clients) client.post(`m${i}`);
+    for (const client of clients) client.post("end", `end-${clients.indexOf(client)}`);
+    for (const client of clients) await client.untilMessages(102);
+    for (const client of clients) expectDense(client.messages);
+    const acks = clients.flatMap((client) => client.all("ack"));
+    expect(acks).toHaveLength(100);
+    const seqs = new Map(clients[0]?.messages.map(({ key, seq }) => [key, seq]));
+    for (const { key, seq } of acks) expect(seq).toBe(seqs.get(key) as number);
+  });
+
+  test("two chats with different CHAT_PREFIX share a Redis and never meet", async () => {
+    const redis = await ownRedis();
+    const servers = await Promise.all(
+      ["a:", "b:"].map((prefix) => spawnServer({ REDIS_URL: redis.url, CHAT_PREFIX: prefix })),
+    );
+    const [ann, bo] = (await Promise.all(servers.map(({ url }) => Client.join(url)))) as [Client, Client];
+    ann.post("for a", "k");
+    bo.post("for b", "k");
+    expect(textsOf(await ann.untilMessages(1))).toEqual(["for a"]);
+    expect(textsOf(await bo.untilMessages(1))).toEqual(["for b"]);
+    expect((await ann.first("presence")).count + (await bo.first("presence")).count).toBe(2);
+    const keys = (await redis.command("KEYS", "*")) as string[];
+    expect(keys.filter((key) => !/^[ab]:/.test(key))).toEqual([]);
+  });
+
+  test("every text comes back as it was sent, from the room and from the log", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(2, redis.url);
+    const [ann, bo] = (await Promise.all(servers.map(({ url }) => Client.join(url, { plain: true })))) as [
+      Client,
+      Client,
+    ];
+    const texts = [
+      "hi",
+      "",
+      "line\nbreak\r\n\ttab",
+      "a\0b",
+      "\ufeffBOM",
+      "👩‍👩‍👧 🇨🇳 e\u0301",
+      "请输入",
+      "团".repeat(5461),
+      "end",
+    ];
+    for (const text of texts) ann.send(text);
+    expect(await ann.untilTexts(texts.length)).toEqual(texts);
+    expect(await bo.untilTexts(texts.length)).toEqual(texts);
+    for (const { url } of servers) expect(textsOf(await readLog(url))).toEqual(texts);
+  });
+});
+
+describe.skipIf(!REDIS_SERVER)("resume on a server that is behind", () => {
+  test("waits until that server knows what the client has seen, and gives exactly what was missed", async () => {
+    const redis = await ownRedis();
+    const wire = await Wire.to(redis);
+    const [one, other] = [...(await spawnServers(1, redis.url)), ...(await spawnServers(1, wire.url))] as [
+      ServerProcess,
+      ServerProcess,
+    ];
+    const bo = await Client.join(other.url, { name: "Bo" });
+    const ann = await Client.join(one.url, { name: "Ann" });
+    ann.post("one");
+    await bo.untilMessages(1);
+    wire.silence();
+    ann.post("two");
+    await ann.untilMessages(2);
+    const { epoch } = await ann.first("hello");
+    const again = await Client.connect(other.url, { name: "Ann", epoch, after: 2 });
+    wire.speak();
+    const { resumed, messages } = await again.first("hello");
+    expect([resumed, messages]).toEqual([true, []]);
+    ann.post("three");
+    expect(textsOf(await again.untilMessages(1))).toEqual(["three"]);
+  });
+});
+
+describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
+  const names = ({ names }: Frame<"presence">) => names.toSorted();
+  /** Waits until a client's newest presence frame says this. */
+  const sees = (client: Client, count: number, ...expected: string[]) =>
+    client.until(`${count} people: ${expected}`, () => {
+      const newest = client.all("presence").at(-1);
+      return newest?.count === count && names(newest).join() === expected.join();
+    });
+
+  test("adds up counts and names, plain sockets too, and shows who leaves and who changes their name", async () => {
+    const redis = await ownRedis();
+    const [one, two, three] = (await spawnServers(3, redis.url)) as [ServerProcess, ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url, { name: "Ann" });
+    const bo = await Client.join(two.url, { name: "Bo" });
+    const cy = await Client.join(three.url, { name: "Cy" });
+    const second = await Client.join(three.url, { name: "Ann" });
+    const plain = await Client.join(two.url, { plain: true });
+    for (const client of [ann, bo, cy, second]) await sees(client, 5, "Ann", "Bo", "Cy");
+    await plain.leave();
+    await second.leave();
+    bo.send({ type: "name", name: "Bea" });
+    for (const client of [ann, bo, cy]) await sees(client, 3, "Ann", "Bea", "Cy");
+    two.kill("SIGTERM");
+    for (const client of [ann, cy]) await sees(client, 2, "Ann", "Cy");
+  });
+
+  test("forgets the people of a server that was killed with kill -9", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url, { name: "Ann" });
+    await Client.join(two.url, { name: "Bo" });
+    await sees(ann, 2, "Ann", "Bo");
+    two.kill("SIGKILL");
+    await sees(ann, 1, "Ann");
+  });
+
+  test("passes typing on to the other servers, never back to who types", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(2, redis.url);
+    const [ann, bo, cy] = [
+      await Client.join((servers[0] as ServerProcess).url, { name: "Ann" }),
+      await Client.join((servers[0] as ServerProcess).url, { name: "Bo" }),
+      await Client.join((servers[1] as ServerProcess).url, { name: "Cy" }),
+    ];
+    for (const client of [ann, bo, cy]) await sees(client, 3, "Ann", "Bo", "Cy"); // the servers know of each other
+    ann.send({ type: "typing" });
+    expect(await cy.first("typing")).toEqual({ type: "typing", name: "Ann" });
+    ann.post("done");
+    for (const client of [ann, bo, cy]) await client.untilMessages(1);
+    await ann.settle();
+    expect([ann, bo, cy].map((client) => client.all("typing").length)).toEqual([0, 1, 1]);
+  });
+
+  test("is right again after people were sent away and came back", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url, { name: "Ann" });
+    const bo = await Client.join(two.url, { name: "Bo" });
+    await sees(bo, 2, "Ann", "Bo");
+    await Client.join(two.url, { name: "Cy" });
+    await sees(bo, 3, "Ann", "Bo", "Cy"); // this second's presence is out: the next waits
+    await redis.command("HSET", "chat:room:", "epoch", "0123456789abcdef"); // another log: everyone has to come back
+    ann.post("to the other log");
+    for (const client of [ann, bo]) expect((await within(client.closed, "the close")).code).toBe(1013);
+    const again = await Client.join(one.url, { name: "Ann" });
+    const bea = await Client.join(two.url, { name: "Bea" });
+    for (const client of [again, bea]) await sees(client, 2, "Ann", "Bea");
+    await Client.join(two.url, { name: "Di" });
+    for (const client of [again, bea]) await sees(client, 3, "Ann", "Bea", "Di");
+    expect(bea.all("presence").filter(({ names }) => !names.includes("Bea"))).toEqual([]);
+    const from = again.all("presence").findIndex(({ count }) => count === 2);
+    expect(
+      again
+        .all("presence")
+        .slice(from)
+        .filter(({ count }) => count < 2),
+    ).toEqual([]);
+  });
+
+  test("is right again after Redis could not be written for a moment", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url, { name: "Ann" });
+    const bo = await Client.join(two.url, { name: "Bo" });
+    for (const client of [ann, bo]) await sees(client, 2, "Ann", "Bo");
+    await redis.command("CONFIG", "SET", "maxmemory", "1");
+    ann.send({ type: "name", name: "Anna" });
+    await ann.settle();
+    const dead = await Client.join(two.url, { name: "Cy" });
+    await dead.leave();
+    const refused = async () => {
+      const stats = (await redis.command("INFO", "commandstats")) as string;
+      return Number(/cmdstat_set:.*rejected_calls=(\d+)/.exec(stats)?.[1] ?? 0);
+    };
+    const tried = async () => {
+      while ((await refused()) < 3) await Bun.sleep(10); // until the servers have tried to say all three changes
+    };
+    await within(tried(), "what could not be written");
+    await redis.command("CONFIG", "SET", "maxmemory", "0");
+    for (const client of [ann, bo]) await sees(client, 2, "Anna", "Bo");
+  });
+});
+
+describe.skipIf(!REDIS_SERVER)("a fault", () => {
+  test("a server killed with kill -9 under load: its clients go to another, and nothing is lost or doubled", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(12, servers);
+    for (let kill = 0; kill < 3; kill++) {
+      await allTalk(all, 10);
+      const killed = servers[kill] as ServerProcess;
+      killed.kill("SIGKILL");
+      await killed.exited;
+      await allTalk(all, 5);
+      servers[kill] = (await spawnServers(1, redis.url))[0] as ServerProcess;
+    }
+    await allTalk(all, 5);
+    await expectOneChat(all, servers);
+  });
+
+  test("Redis killed with kill -9 and started again with its append-only file", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(12, servers);
+    for (let kill = 0; kill < 3; kill++) {
+      await allTalk(all, 10);
+      await redis.kill();
+      await redis.run();
+    }
+    await allTalk(all, 10);
+    await expectOneChat(all, servers);
+  });
+
+  test("Redis frozen: everyone is sent to try again, and goes on when it is back", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(12, servers);
+    await allTalk(all, 10);
+    redis.signal("SIGSTOP");
+    const away = async () => {
+      while (!all.every(({ closes }) => closes.includes(1013))) await Bun.sleep(10); // until each was told
+    };
+    await within(away(), "the close of every connection");
+    redis.signal("SIGCONT");
+    await allTalk(all, 10);
+    await expectOneChat(all, servers);
+  });
+
+  test("the connections between one server and Redis cut, again and again", async () => {
+    const redis = await ownRedis();
+    const wire = await Wire.to(redis);
+    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, wire.url))];
+    const all = movers(12, servers);
+    for (let cut = 0; cut < 10; cut++) {
+      await allTalk(all, 3);
+      wire.cut();
+    }
+    await allTalk(all, 10);
+    await expectOneChat(all, servers);
+    expect(wire.connections).toBeLessThanOrEqual(2);
+  });
+
+  test("the connections between one server and Redis silent: nobody stays on the deaf server, and it hears again", async () => {
+    const redis = await ownRedis();
+    const wire = await Wire.to(redis);
+    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, wire.url))];
+    const all = movers(6, servers);
+    const listener = await Client.join((servers[2] as ServerProcess).url);
+    await allTalk(all, 10);
+    wire.silence();
+    expect((await within(listener.closed, "the close")).code).toBe(1013);
+    await allTalk(all, 10);
+    wire.speak();
+    const back = async () => {
+      // Until the server takes people in again: it says so by a hello.
+      for (;;) {
+        const client = await Client.connect((servers[2] as ServerProcess).url, {});
+        if (await client.first("hello").catch(() => undefined)) return client;
+        await Bun.sleep(10);
+      }
+    };
+    const again = await within(back(), "a hello of the server");
+    await again.until("messages", () => again.all("messages").length > 0);
+    await expectOneChat(all, servers);
+    expect(wire.connections).toBeLessThanOrEqual(2);
+  });
+
+  test("the connections between one server and Redis silent for a moment, then dropped", async () => {
+    const redis = await ownRedis();
+    const wire = await Wire.to(redis);
+    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, wire.url))];
+    const all = movers(9, servers);
+    for (let moment = 0; moment < 3; moment++) {
+      await allTalk(all, 5);
+      wire.silence();
+      await allTalk(
+        all.filter((_, i) => i % 3 < 2),
+        10,
+      );
+      wire.cut();
+      wire.speak();
+    }
+    await allTalk(all, 10);
+    await expectOneChat(all, servers);
+  });
+
+  test("Redis started again empty: a new epoch, and everyone starts afresh", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(9, servers);
+    const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
+    quiet[0]?.post("in the old log");
+    for (const client of quiet) await client.untilMessages(1);
+    await allTalk(all, 10);
+    await redis.kill();
+    rmSync(join(redis.folder, "appendonlydir"), { recursive: true });
+    await redis.run();
+    await allTalk(all, 10);
+    const log = await expectOneChat(all, servers);
+    expect(log[0]?.seq).toBe(1);
+    for (const { records } of all) expect(records.length).toBe(2);
+    for (const client of quiet) expect((await within(client.closed, "the close")).code).toBe(1013); // in the quiet room too
+  });
+
+  test("FLUSHALL under everyone's feet: a new epoch, and everyone starts afresh, in quiet rooms too", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(9, servers);
+    const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
+    quiet[0]?.post("in the old log");
+    for (const client of quiet) await client.untilMessages(1);
+    await allTalk(all, 10);
+    await redis.command("FLUSHALL");
+    await allTalk(all, 10);
+    for (const client of quiet) expect((await within(client.closed, "the close")).code).toBe(1013); // while others talk
+    const log = await expectOneChat(all, servers);
+    expect(log[0]?.seq).toBe(1);
+  });
+
+  test("Redis started again with an older state: the log that was lost is not taken for the new one", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url);
+    const { epoch } = await ann.first("hello");
+    for (let i = 1; i <= 10; i++) ann.post(`m${i}`);
+    await ann.untilMessages(10);
+    await redis.command("XTRIM", "chat:log:", "MAXLEN", "0"); // what a Redis that saves now and then would come back with
+    await redis.command("XSETID", "chat:log:", "0-0").catch(() => redis.command("DEL", "chat:log:"));
+    await redis.command("DEL", "chat:keys:");
+    await redis.command("HSET", "chat:room:", "last", "0");
+    await redis.kill();
+    await redis.run();
+    expect((await within(ann.closed, "the close")).code).toBe(1013);
+    const bo = await Client.join(two.url);
+    for (let i = 1; i <= 20; i++) bo.post(`n${i}`);
+    await bo.untilMessages(20);
+    const again = await Client.join(one.url, { epoch, after: 10 });
+    expect((await again.first("hello")).resumed).toBe(false);
+  });
+
+  test("Redis that takes no writes: nothing is acked, nobody hangs, and it goes on when it does again", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(3, redis.url);
+    const all = movers(9, servers);
+    const { port } = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } }); // a master that says nothing
+    const refusals = [
+      [
+        ["CONFIG", "SET", "maxmemory", "1"],
+        ["CONFIG", "SET", "maxmemory", "0"],
+      ],
+      [
+        ["REPLICAOF", "127.0.0.1", `${port}`],
+        ["REPLICAOF", "NO", "ONE"],
+      ],
+    ] as [string[], string[]][];
+    for (const [[refuse = "", ...no], [accept = "", ...yes]] of refusals) {
+      await allTalk(all, 5);
+      await redis.command(refuse, ...no);
+      const closes = all.map(({ closes }) => closes.length);
+      const told = async () => {
+        while (!all.every((mover, i) => mover.closes.length > (closes[i] as number))) await Bun.sleep(5);
+      };
+      await within(told(), "a close of every connection");
+      await redis.command(accept, ...yes);
+      await allTalk(all, 5);
+    }
+    await expectOneChat(all, servers);
+    for (const { closes } of all) expect(closes.filter((code) => code !== 1013)).toEqual([]);
+  });
+
+  test("a hello that could not be read once is read again for the next who joins", async () => {
+    const redis = await ownRedis();
+    const [{ url }] = (await spawnServers(1, redis.url)) as [ServerProcess];
+    const ann = await Client.join(url);
+    ann.post("hi");
+    await ann.untilMessages(1);
+    await redis.command("ACL", "SETUSER", "default", "-xrevrange");
+    const bo = await Client.connect(url, {});
+    expect((await within(bo.closed, "the close")).code).toBe(1013);
+    await redis.command("ACL", "SETUSER", "default", "+xrevrange");
+    expect(textsOf(await (await Client.join(url)).untilMessages(1))).toEqual(["hi"]);
+  });
+
+  test("Redis away when the servers start: people are told to try again, until it is there", async () => {
+    const redis = await ownRedis();
+    await redis.kill();
+    const servers = await spawnServers(2, redis.url);
+    const early = await Client.connect((servers[0] as ServerProcess).url, {});
+    expect((await within(early.closed, "the close")).code).toBe(1013);
+    const all = movers(4, servers);
+    await redis.run();
+    await allTalk(all, 5);
+    await expectOneChat(all, servers);
+  });
+
+  test("SCRIPT FLUSH is not noticed", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(2, redis.url);
+    const all = movers(4, servers);
+    for (let flush = 0; flush < 5; flush++) {
+      await allTalk(all, 3);
+      await redis.command("SCRIPT", "FLUSH");
+    }
+    await expectOneChat(all, servers);
+    for (const { closes } of all) expect(closes).toEqual([]);
+  });
+});
+
+describe.skipIf(!REDIS_SERVER)("a server that is slow", () => {
+  /** Posts many short texts from one client and waits until all are stored. */
+  async function postMany(client: Client, count: number, text: string): Promise<void> {
+    const before = client.messages.length;
+    for (let i = 0; i < count; i++) client.post(text, `many-${before}-${i}`);
+    await client.untilMessages(before + count);
+  }
+
+  test("finds in the logs what was cut off the feed before it was read, in quiet rooms too", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const ann = await Client.join(one.url);
+    const [quiet, teller] = [
+      await Client.join(two.url, { room: "quiet" }),
+      await Client.join(one.url, { room: "quiet" }),
+    ];
+    const busy = await Client.join(two.url);
+    await postMany(ann, 1, "x");
+    await busy.untilMessages(1);
+    two.kill("SIGSTOP");
+    await postMany(ann, 10, "x");
+    teller.post("said while that server slept");
+    await teller.untilMessages(1);
+    await postMany(ann, 6000, "x");
+    expect(Number(await redis.command("XLEN", "chat:feed"))).toBeLessThan(5000);
+    two.kill("SIGCONT");
+    expect(textsOf(await quiet.untilMessages(1))).toEqual(["said while that server slept"]);
+    expectDense(await busy.untilMessages(6011));
+  });
+
+  test("tells what it has missed in frames of bounded size, and cuts nobody for it", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const [ann, bo] = [await Client.join(one.url), await Client.join(two.url)];
+    await postMany(ann, 1, "x");
+    await bo.untilMessages(1);
+    two.kill("SIGSTOP");
+    await postMany(ann, 150, "x".repeat(16 * 1024));
+    two.kill("SIGCONT");
+    await bo.untilMessages(151);
+    expectDense(bo.messages);
+    expect(Math.max(...bo.texts.map((text) => text.length))).toBeLessThan(256 * 1024);
+  });
+
+  test("that is stopped while Redis is frozen ends by itself, with exit code 0", async () => {
+    const redis = await ownRedis();
+    const [server] = (await spawnServers(1, redis.url)) as [ServerProcess];
+    const ann = await Client.join(server.url);
+    redis.signal("SIGSTOP");
+    ann.post("too late");
+    await ann.settle();
+    server.kill("SIGTERM");
+    expect(await within(server.exited, "the server's end")).toBe(0);
+  });
+});
+
+describe.skipIf(!REDIS_SERVER)("a room that nobody uses", () => {
+  const keysOf = async (redis: Redis) => ((await redis.command("KEYS", "*")) as string[]).toSorted();
+  const ttl = (redis: Redis, key: string) => redis.command("TTL", key) as Promise<number>;
+
+  test("leaves Redis after CHAT_IDLE_DAYS, and never with 0", async () => {
+    const redis = await ownRedis();
+    for (const [days, from, to] of [
+      ["7", 7 * 86400 - 60, 7 * 86400],
+      ["0", -1, -1],
+    ] as const) {
+      const [{ url }] = (await spawnServers(1, redis.url, { CHAT_IDLE_DAYS: days })) as [ServerProcess];
+      const ann = await Client.join(url, { room: days });
+      ann.post("hi");
+      await ann.untilMessages(1);
+      for (const key of [`chat:room:${days}`, `chat:log:${days}`, `chat:keys:${days}`]) {
+        expect(await ttl(redis, key)).toBeGreaterThanOrEqual(from);
+        expect(await ttl(redis, key)).toBeLessThanOrEqual(to);
+      }
+    }
+  });
+
+  test("that was only visited leaves one key that expires, and none of who was there", async () => {
+    const redis = await ownRedis();
+    const [one] = (await spawnServers(1, redis.url, { CHAT_IDLE_DAYS: "0" })) as [ServerProcess];
+    const ann = await Client.join(one.url, { room: "r" });
+    await ann.first("presence");
+    await ann.leave();
+    const bo = await Client.join(one.url, { room: "s" });
+    await bo.first("presence");
+    const here = async () => (await keysOf(redis)).filter((key) => /:here:.+:r$/.test(key));
+    const gone = async () => {
+      while ((await here()).length > 0) await bo.settle(); // the key goes a moment after the one who left
+    };
+    await within(gone(), "the end of the key");
+    expect(await ttl(redis, "chat:room:r")).toBeGreaterThan(0);
+    expect((await keysOf(redis)).filter((key) => key.endsWith(":r"))).toEqual(["chat:room:r"]);
+  });
+
+  test("keeps exactly CHAT_HISTORY messages for its clients, and not many more in Redis, nor keys", async () => {
+    const redis = await ownRedis();
+    const servers = await spawnServers(2, redis.url, { CHAT_HISTORY: "150" });
+    const [ann, bo] = (await Promise.all(servers.map(({ url }) => Client.join(url)))) as [Client, Client];
+    for (let i = 1; i <= 1170; i++) ann.post(`m${i}`);
+    await ann.untilMessages(1170);
+    await bo.untilMessages(1170);
+    for (const { url } of servers) {
+      const { first, last } = await (await Client.join(url)).first("hello");
+      expect([first, last]).toEqual([1021, 1170]);
+      expect(textsOf(await readLog(url))).toEqual(Array.from({ length: 150 }, (_, i) => `m${1021 + i}`));
+    }
+    expect(Number(await redis.command("XLEN", "chat:log:"))).toBeLessThan(250);
+    expect(Number(await redis.command("HLEN", "chat:keys:"))).toBeLessThan(250);
+    bo.post("m900", "m900"); // so old that nobody can know
+    bo.post("m1100", "m1100");
+    expect((await bo.first("ack")).seq).toBe(1100);
+  });
+});
+
+describe("the SQLite store", () => {
+  test("forgets at the start the rooms that were idle for CHAT_IDLE_DAYS, and none with 0", async () => {
+    const db = newFile();
+    const chat = await start({ db });
+    for (const room of ["old", "young"]) {
+      const ann = await Client.join(chat.url, { room });
+      ann.post(`in the ${room} room`);
+      ann.post("again", "again");
+      await ann.untilMessages(2);
+    }
+    await chat.stop();
+    {
+      using file = new Database(db);
+      const at = Date.now() - 8 * 24 * 60 * 60 * 1000;
+      file.run("UPDATE messages SET at = ? WHERE room = (SELECT id FROM rooms WHERE name = 'old')", [at]);
+    }
+    for (const [idleDays, kept] of [
+      [0, 2],
+      [9, 2],
+      [7, 0],
+    ] as const) {
+      const { url, stop } = await start({ db, idleDays });
+      expect([idleDays, (await readLog(url, "old")).length]).toEqual([idleDays, kept]);
+      expect(await readLog(url, "young")).toHaveLength(2);
+      await stop();
+    }
+    using file = new Database(db, { readonly: true });
+    expect(file.query("SELECT name FROM rooms").all()).toEqual([{ name: "young" }]);
+    expect(file.query("SELECT count(*) AS n FROM messages").get()).toEqual({ n: 2 });
+  });
+});
+
+describe.skipIf(!REDIS_SERVER)("many servers", () => {
+  test.skipIf(process.platform !== "linux")("share one port with REUSE_PORT=1, and both get clients", async () => {
+    const redis = await ownRedis();
+    const port = `${await freePort()}`;
+    const servers = await spawnServers(2, redis.url, { PORT: port, REUSE_PORT: "1", LOG_LEVEL: "info" });
+    const clients: Client[] = [];
+    const joins = ({ output }: ServerProcess) => output.split("joined").length - 1;
+    const spread = async () => {
+      // Each connection goes to one of them, as the kernel pleases.
+      while (!servers.every((server) => joins(server) >= 3))
+        clients.push(await Client.join((servers[0] as ServerProcess).url));
+    };
+    await within(spread(), "clients of both");
+    clients[0]?.post("to all");
+    for (const client of clients) expect(textsOf(await client.untilMessages(1))).toEqual(["to all"]);
+  });
+
+  test("the posts of a tick cost one round trip, and another server one read for many messages", async () => {
+    const redis = await ownRedis();
+    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const clients = await Promise.all(Array.from({ length: 20 }, () => Client.join(one.url)));
+    const bo = await Client.join(two.url);
+    const calls = async (command: string) => {
+      const stats = (await redis.command("INFO", "commandstats")) as string;
+      return Number(new RegExp(`cmdstat_${command}:calls=(\\d+)`).exec(stats)?.[1] ?? 0);
+    };
+    const before = [await calls("eval"), await calls("xread")] as [number, number];
+    for (let i = 0; i < 100; i++) for (const client of clients) client.post(`m${i}`, `${clients.indexOf(client)}-${i}`);
+    await bo.untilMessages(2000);
+    const [evals, reads] = [(await calls("eval")) - before[0], (await calls("xread")) - before[1]];
+    expect(evals).toBeLessThan(2000 / 10);
+    expect(reads).toBeLessThan(2 * (2000 / 10)); // of two servers
   });
 });
 

@@ -45,6 +45,8 @@ const MAX_STRIKES = 10;
 const PAGE_MESSAGES = 100;
 /** Messages that a client may have missed and still resume; past that it starts afresh. */
 const RESUME_MESSAGES = 1000;
+/** Milliseconds that somebody who has seen more than this server waits for it to catch up, before they start afresh. */
+const BEHIND_MS = 1000;
 /** Bytes of text in one page or `hello`: far enough below {@link BACKPRESSURE_BYTES} that a slow phone is not cut for it. */
 const PAGE_BYTES = 256 * 1024;
 /** Names in one presence frame; the count is always exact. */
@@ -764,6 +766,10 @@ const FEED_ENTRIES = 4096;
 /** Milliseconds between two signs of life of a server, and seconds after the last one until its members are gone. */
 const HEARTBEAT_MS = 3000;
 const ALIVE_SECONDS = 9;
+/** Entries of the feed that are read at once. */
+const FEED_READ = 1000;
+/** Milliseconds that `stop` waits for Redis; with STOP_MS it is within the three seconds that a stop may take. */
+const DRAIN_MS = 800;
 /** Seconds that an empty room keeps its epoch when nobody posts. */
 const EMPTY_SECONDS = 3600;
 
@@ -778,7 +784,7 @@ for i = 4, #ARGV, 6 do
   if known then
     seqs[#seqs + 1] = -known
   else
-    redis.call('HSETNX', meta, 'epoch', epoch)
+    if redis.call('HSETNX', meta, 'epoch', epoch) == 1 then redis.call('DEL', log, keys) end
     local seq = redis.call('HINCRBY', meta, 'last', 1)
     redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
     if key ~= '' then redis.call('HSET', keys, key, seq) end
@@ -798,22 +804,29 @@ for i = 4, #ARGV, 6 do
 end
 return seqs`;
 
-/** ARGV: prefix, room, an epoch in case it has none. Returns its epoch, the id of its oldest message, and the seq of its newest. */
+/**
+ * ARGV: prefix, room, a new epoch, then the epoch and the last that are known here. A room that has none gets the new one, and
+ * so does one that knows less than was told already: Redis came back without it, and its log must not pass for the old.
+ * Returns its epoch, the id of its oldest message, and the seq of its newest.
+ */
 const OPEN_SCRIPT = `
 local meta = ARGV[1] .. 'room:' .. ARGV[2]
 if redis.call('EXISTS', meta) == 0 then
   redis.call('HSET', meta, 'epoch', ARGV[3], 'last', 0)
   redis.call('EXPIRE', meta, ${EMPTY_SECONDS})
+elseif redis.call('HGET', meta, 'epoch') == ARGV[4] and tonumber(redis.call('HGET', meta, 'last')) < tonumber(ARGV[5]) then
+  redis.call('HSET', meta, 'epoch', ARGV[3])
 end
 local oldest = redis.call('XRANGE', ARGV[1] .. 'log:' .. ARGV[2], '-', '+', 'COUNT', 1)[1]
 return {redis.call('HGET', meta, 'epoch'), oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')}`;
 
-/** ARGV: prefix, this server, seconds. Says that this server lives, and returns all that do. */
+/** ARGV: prefix, this server, seconds. Says that this server lives, and returns all that do, and whether it was known to. */
 const ALIVE_SCRIPT = `
 local servers, now = ARGV[1] .. 'servers', tonumber(redis.call('TIME')[1])
+local known = redis.call('ZSCORE', servers, ARGV[2])
 redis.call('ZREMRANGEBYSCORE', servers, '-inf', now)
 redis.call('ZADD', servers, now + ARGV[3], ARGV[2])
-return redis.call('ZRANGE', servers, 0, -1)`;
+return {redis.call('ZRANGE', servers, 0, -1), known}`;
 
 /** A room's log as the Redis broker knows it, while the room is open here. */
 interface RedisLog {
@@ -846,8 +859,14 @@ class RedisBroker implements Broker {
   #commands: Bun.RedisClient | undefined;
   /** How far the feed was read; undefined until it was first reached. */
   #cursor: string | undefined;
+  /** The connection for the tail. */
+  #tail: Bun.RedisClient | undefined;
+  /** Whether messages may be missing: the feed was cut before it was read, or Redis lost it. The tail looks into the logs. */
+  #doubt = false;
   /** When messages were last told, on the monotonic clock. */
   #toldAt = -Infinity;
+  /** Whether the last posts were not taken: an outage is logged when it begins and when it ends. */
+  #failing = false;
   /** Whether the feed is out of reach: rooms cannot be opened, posts are refused. */
   #away = true;
   #awayTimer: Timer | undefined;
@@ -865,7 +884,8 @@ class RedisBroker implements Broker {
     try {
       connectRedis(config.redisUrl).close();
     } catch (error) {
-      throw new StartError(`REDIS_URL=${config.redisUrl}: ${(error as Error).message}.`);
+      const shown = config.redisUrl.replace(/\/\/[^@]*@/, "//…@"); // without its password
+      throw new StartError(`REDIS_URL=${shown}: ${(error as Error).message}.`);
     }
   }
 
@@ -885,7 +905,7 @@ class RedisBroker implements Broker {
     log.epoch = state.epoch;
     log.last = state.last;
     opened(state);
-    await this.#take(log, log.early.splice(0));
+    this.#take(log, log.early.splice(0));
   }
 
   close(room: string): void {
@@ -912,8 +932,11 @@ class RedisBroker implements Broker {
     const own = JSON.stringify(here);
     if (log && log.here !== own) {
       log.here = own;
-      await this.#send("SET", [this.#hereKey(this.#server, room), own, "EX", `${ALIVE_SECONDS}`]);
-      await this.#feed("here", room, "");
+      const set = this.#send("SET", [this.#hereKey(this.#server, room), own, "EX", `${ALIVE_SECONDS}`]);
+      await Promise.all([set, this.#feed("here", room, "")]).catch((error) => {
+        log.here = ""; // to be said again
+        throw error;
+      });
     }
     const others = this.#alive.filter((server) => server !== this.#server);
     if (others.length === 0) return [here];
@@ -932,17 +955,24 @@ class RedisBroker implements Broker {
     this.#gatherer.flush();
     clearInterval(this.#heartbeat);
     clearTimeout(this.#awayTimer);
-    // All that this server has sent to Redis is answered before this is; what it stored, the tail tells until then.
-    if (!this.#away) await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]).catch(ignore);
-    const last = (this.#away ? null : await this.#lastOfFeed().catch(ignore)) ?? "0-0";
-    const deadline = performance.now() + REDIS_MS;
-    while (idBefore(this.#cursor ?? last, last) && performance.now() < deadline) await Bun.sleep(GATHER_MS);
+    if (!this.#away) await Promise.race([this.#drain().catch(ignore), Bun.sleep(DRAIN_MS)]);
     this.#stopped = true;
     this.#commands?.close();
+    this.#tail?.close();
+  }
+
+  /** Waits until what this server has stored is told. */
+  async #drain(): Promise<void> {
+    // All that this server has sent to Redis is answered before this is; what it stored, the tail tells until then.
+    await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]);
+    const last = (await this.#endOfFeed("XREVRANGE", "+", "-")) ?? "0-0";
+    while (idBefore(this.#cursor ?? last, last) && !this.#stopped) await Bun.sleep(GATHER_MS);
   }
 
   /** Stores posts in one round trip. Those that are stored come back by the feed; the rest is told here. */
-  async #append(posts: Post[]): Promise<void> {
+  async #append(gathered: Post[]): Promise<void> {
+    const posts = gathered.filter(({ sender }) => !sender.refused);
+    if (posts.length === 0) return;
     const { prefix, history, idleDays } = this.config;
     const args = [prefix, `${history}`, `${idleDays * 24 * 60 * 60}`];
     for (const { room, at, name, text, key } of posts) {
@@ -954,8 +984,11 @@ class RedisBroker implements Broker {
       const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
       for (const [i, post] of posts.entries())
         if ((seqs[i] as number) < 0) this.events.repeated(post, -(seqs[i] as number));
+      if (this.#failing) this.log("error", "Redis takes posts again.");
+      this.#failing = false;
     } catch (error) {
-      this.log("error", `Redis did not take ${posts.length} posts: ${(error as Error).message}`);
+      if (!this.#failing) this.log("error", `Redis does not take posts, they are refused: ${(error as Error).message}`);
+      this.#failing = true;
       this.events.refused(posts);
     }
   }
@@ -965,13 +998,17 @@ class RedisBroker implements Broker {
   /** Follows the feed for ever, each time on a new connection. */
   async #follow(tried: () => void): Promise<void> {
     for (let retry = RETRY_MS; !this.#stopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
-      const tail = connectRedis(this.config.redisUrl);
+      const tail = (this.#tail = connectRedis(this.config.redisUrl));
       try {
+        await inTime(tail.connect(), REDIS_MS);
         await this.#catchUp();
         this.#back();
         retry = RETRY_MS;
         tried();
-        while (!this.#stopped) await this.#readFeed(tail);
+        while (!this.#stopped) {
+          if (this.#doubt) await this.#catchUp();
+          await this.#readFeed(tail);
+        }
       } catch (error) {
         if (!this.#stopped) this.#gone(error as Error);
         tried();
@@ -987,22 +1024,23 @@ class RedisBroker implements Broker {
     // Under load entries gather in the feed, as posts do before they are stored.
     await Bun.sleep(Math.max(0, this.#toldAt + GATHER_MS - performance.now()));
     const feed = `${this.config.prefix}feed`;
-    const args = ["COUNT", "1000", "BLOCK", `${BLOCK_MS}`, "STREAMS", feed, this.#cursor as string];
+    const from = this.#cursor as string;
+    const args = ["COUNT", `${FEED_READ}`, "BLOCK", `${BLOCK_MS}`, "STREAMS", feed, from];
     const reply = (await inTime(tail.send("XREAD", args), BLOCK_MS + BLOCK_MARGIN_MS)) as Record<
       string,
       StreamEntry[]
     > | null;
     if (reply === null) {
       // Silence. But a feed that was emptied and counts anew would be silent too.
-      const last = await this.#lastOfFeed();
-      if (this.#cursor !== "0-0" && (last === null || idBefore(last, this.#cursor as string))) {
-        this.#cursor = "0-0";
-        await this.#catchUp();
-      }
+      const last = await this.#endOfFeed("XREVRANGE", "+", "-");
+      if (from === "0-0" || (last !== null && !idBefore(last, from))) return;
+      this.#cursor = "0-0";
+      this.#doubt = true;
       return;
     }
     const byRoom = new Map<RedisLog, Entry[]>();
-    for (const [id, fields] of reply[feed] ?? []) {
+    const read = reply[feed] ?? [];
+    for (const [id, fields] of read) {
       this.#cursor = id;
       const [, room = "", , epoch = ""] = fields;
       const log = this.#logs.get(room);
@@ -1016,8 +1054,12 @@ class RedisBroker implements Broker {
         else byRoom.set(log, [entry]);
       }
     }
-    for (const [log, entries] of byRoom) await this.#take(log, entries);
+    for (const [log, entries] of byRoom) this.#take(log, entries);
     if (byRoom.size > 0) this.#toldAt = performance.now();
+    if (read.length < FEED_READ || from === "0-0") return;
+    // This server lags: what it has not read yet may be cut off by now.
+    const oldest = await this.#endOfFeed("XRANGE", "-", "+");
+    if (oldest === null || idBefore(from, oldest)) this.#doubt = true;
   }
 
   /** Another server tells that presence changed, or that somebody types. */
@@ -1028,38 +1070,46 @@ class RedisBroker implements Broker {
   }
 
   /** Tells stored messages of a room, exactly those after the last one told. */
-  async #take(log: RedisLog, entries: Entry[]): Promise<void> {
+  #take(log: RedisLog, entries: Entry[]): void {
     if (log.last === undefined) return void log.early.push(...entries);
-    let messages: Message[] = [];
+    if (this.#logs.get(log.room) !== log) return;
+    const messages: Message[] = [];
     for (const { epoch, message } of entries) {
       if (epoch !== log.epoch) return this.#lose(log);
-      if (message.seq <= log.last + messages.length) continue;
-      if (message.seq > log.last + messages.length + 1) {
-        // The feed was cut before this server had read it: the log has the rest.
-        messages = await this.read(log.room, log.last + 1, message.seq, RESUME_MESSAGES);
-        if (messages.length !== message.seq - log.last) return this.#lose(log);
-      } else messages.push(message);
+      const next = log.last + messages.length + 1;
+      if (message.seq === next) messages.push(message);
+      else if (message.seq > next) this.#doubt = true; // the feed was cut before it was read: the log has the rest
     }
-    if (messages.length === 0 || this.#logs.get(log.room) !== log) return;
     log.last += messages.length;
-    this.events.stored(log.room, messages); // RULE 1: the tail alone tells, in the order it reads
+    // RULE 1: the tail alone tells, in the order it reads.
+    for (const some of inFrames(messages)) this.events.stored(log.room, some);
   }
 
   /** After a connection was lost, or the feed emptied: brings every open room up to date, or loses it. */
   async #catchUp(): Promise<void> {
-    this.#cursor ??= (await this.#lastOfFeed()) ?? "0-0";
+    this.#doubt = false;
+    // Never the start of an empty feed: from there nobody could tell what was cut off.
+    this.#cursor ??= (await this.#endOfFeed("XREVRANGE", "+", "-")) ?? ((await this.#feed("here", "", "")) as string);
     const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
-    const states = await Promise.all(logs.map((log) => this.#state(log.room)));
+    const states = await Promise.all(logs.map((log) => this.#state(log.room, log)));
     for (const [i, log] of logs.entries()) {
       const { epoch, last } = states[i] as LogState;
-      if (epoch !== log.epoch || last < (log.last as number)) this.#lose(log);
-      else if (last > (log.last as number)) {
-        const messages = await this.read(log.room, (log.last as number) + 1, last, RESUME_MESSAGES);
-        await this.#take(
-          log,
-          messages.map((message) => ({ epoch, message })),
-        );
-      }
+      if (epoch === log.epoch) await this.#fill(log, last);
+      else this.#lose(log);
+    }
+  }
+
+  /** Tells what a log has after the last message told. */
+  async #fill(log: RedisLog, last: number): Promise<void> {
+    while ((log.last as number) < last && this.#logs.get(log.room) === log) {
+      const next = (log.last as number) + 1;
+      const range = [`${this.config.prefix}log:${log.room}`, `${next}-0`, `${last}-0`, "COUNT", `${FEED_READ}`];
+      const messages = ((await this.#send("XRANGE", range)) as StreamEntry[]).map(streamMessage);
+      if (messages[0]?.seq !== next) return this.#lose(log); // trimmed: too far behind
+      this.#take(
+        log,
+        messages.map((message) => ({ epoch: log.epoch, message })),
+      );
     }
   }
 
@@ -1091,15 +1141,18 @@ class RedisBroker implements Broker {
   async #beat(): Promise<void> {
     if (this.#away || this.#stopped) return;
     try {
-      const alive = (await this.#run(ALIVE_SCRIPT, [this.config.prefix, this.#server, `${ALIVE_SECONDS}`])) as string[];
-      const changed = alive.toSorted().join() !== this.#alive.toSorted().join();
-      this.#alive = alive;
       const logs = [...this.#logs.values()];
-      if (changed) for (const { room } of logs) this.events.presenceChanged(room);
-      const shared = logs.filter(({ here }) => here !== "");
       const keep = ({ room, here }: RedisLog) =>
         this.#send("SET", [this.#hereKey(this.#server, room), here, "EX", `${ALIVE_SECONDS}`]);
-      await Promise.all(shared.map(keep));
+      // First who is here, then that they count: whoever finds this server alive finds its people too.
+      const kept = logs.filter(({ here }) => here !== "").map(keep);
+      const said = this.#run(ALIVE_SCRIPT, [this.config.prefix, this.#server, `${ALIVE_SECONDS}`]);
+      const [[alive, known]] = (await Promise.all([said, ...kept])) as [[string[], string | number | null]];
+      // It was away for long, or Redis lost all it had.
+      if (known === null && this.#alive.length > 0) this.#doubt = true;
+      const changed = alive.toSorted().join() !== this.#alive.toSorted().join();
+      this.#alive = alive;
+      if (changed) for (const { room } of logs) this.events.presenceChanged(room);
     } catch (error) {
       this.log("debug", `A heartbeat failed: ${(error as Error).message}`);
     }
@@ -1111,8 +1164,9 @@ class RedisBroker implements Broker {
 
   // ── Redis ──
 
-  async #state(room: string): Promise<LogState> {
-    const state = await this.#run(OPEN_SCRIPT, [this.config.prefix, room, newEpoch()]);
+  async #state(room: string, known?: RedisLog): Promise<LogState> {
+    const args = [this.config.prefix, room, newEpoch(), known?.epoch ?? "", `${known?.last ?? 0}`];
+    const state = await this.#run(OPEN_SCRIPT, args);
     const [epoch, oldest, last] = state as [string, string, string];
     return { epoch, first: Number.parseInt(oldest), last: Number(last) };
   }
@@ -1123,8 +1177,9 @@ class RedisBroker implements Broker {
     return this.#send("XADD", [`${this.config.prefix}feed`, "MAXLEN", "~", `${FEED_ENTRIES}`, "*", ...fields]);
   }
 
-  async #lastOfFeed(): Promise<string | null> {
-    const entries = await this.#send("XREVRANGE", [`${this.config.prefix}feed`, "+", "-", "COUNT", "1"]);
+  /** The id of the feed's newest or oldest entry, or null when it has none. */
+  async #endOfFeed(command: "XREVRANGE" | "XRANGE", from: "+" | "-", to: "+" | "-"): Promise<string | null> {
+    const entries = await this.#send(command, [`${this.config.prefix}feed`, from, to, "COUNT", "1"]);
     return (entries as StreamEntry[])[0]?.[0] ?? null;
   }
 
@@ -1161,6 +1216,19 @@ function streamMessage([id, [, at, , name = "", , text = "", , key]]: StreamEntr
 /** A connection that closes with the block that it was made in. */
 function disposable(redis: Bun.RedisClient): Bun.RedisClient & Disposable {
   return Object.assign(redis, { [Symbol.dispose]: () => redis.close() });
+}
+
+/** Messages in runs that each make a frame of bounded size, however many a server that lagged has read at once. */
+function* inFrames(messages: Message[]): Generator<Message[]> {
+  let from = 0;
+  let bytes = 0;
+  for (const [i, { text }] of messages.entries()) {
+    bytes += text.length;
+    if (bytes < GATHER_BYTES && i < messages.length - 1) continue;
+    yield messages.slice(from, i + 1);
+    from = i + 1;
+    bytes = 0;
+  }
 }
 
 /** Rejects when a promise takes too long. */
@@ -1201,6 +1269,8 @@ class Member {
   joined = false;
   /** Whether the password is missing: the socket is closed as soon as it opens, and never enters its room. */
   lockedOut = false;
+  /** Whether a post was refused: what was sent after it must not be stored before it comes again. */
+  refused = false;
   /** Whether the socket has closed; what waits in the queue is still sent. */
   left = false;
   /** The token bucket: posts that may be sent now, and when that was true. */
@@ -1262,6 +1332,8 @@ class Room {
 }
 
 const PONG = encode({ type: "pong" });
+/** Hellos that are kept ready for one room: after an outage nearly all who come back ask for the same few. */
+const MAX_HELLOS = 16;
 /** The key in {@link Room.hellos} of the hello for those who start afresh. */
 const AFRESH = -1;
 
@@ -1310,6 +1382,7 @@ class Rooms implements BrokerEvents {
 
   async #join(member: Member, room: Room): Promise<void> {
     await room.opened;
+    await this.#caughtUp(room, member.resume);
     const missed: Message[] = [];
     let hello = "";
     if (member.chat) {
@@ -1331,6 +1404,13 @@ class Rooms implements BrokerEvents {
     this.#drain(member);
   }
 
+  /** Whoever comes from another server may have seen there what has yet to be delivered here: a moment is waited for it. */
+  async #caughtUp(room: Room, resume: Resume | undefined): Promise<void> {
+    const until = performance.now() + BEHIND_MS;
+    const behind = () => resume?.epoch === room.epoch && resume.after > room.last;
+    while (behind() && performance.now() < until) await Bun.sleep(GATHER_MS);
+  }
+
   /** The hello for somebody who left off at `resume`, from the cache or from the log. */
   #hello(room: Room, resume: Resume | undefined): Promise<string> {
     const first = this.#first(room);
@@ -1341,7 +1421,11 @@ class Rooms implements BrokerEvents {
       room.last - resume.after <= RESUME_MESSAGES;
     const after = resumable ? resume.after : AFRESH;
     let hello = room.hellos.get(after);
-    if (!hello) room.hellos.set(after, (hello = this.#makeHello(room, first, room.last, after)));
+    if (!hello) {
+      if (room.hellos.size >= MAX_HELLOS) room.hellos.clear();
+      room.hellos.set(after, (hello = this.#makeHello(room, first, room.last, after)));
+      hello.catch(() => room.hellos.clear()); // the next who joins reads again
+    }
     return hello;
   }
 
@@ -1419,7 +1503,7 @@ class Rooms implements BrokerEvents {
 
   /** Does what a frame asks. */
   #act(member: Member, frame: ClientFrame): void {
-    if (this.stopping) return;
+    if (this.stopping || member.refused) return;
     if (frame.type === "post") this.#post(member, frame.text, frame.key);
     else if (frame.type === "page") this.#page(member, frame.before);
     else if (frame.type === "name") this.#rename(member, frame.name);
@@ -1509,7 +1593,10 @@ class Rooms implements BrokerEvents {
   }
 
   refused(posts: Post[]): void {
-    for (const { sender } of posts) sender.ws.close(CLOSE.tryAgain, "The message could not be stored: try again.");
+    for (const { sender } of posts) {
+      sender.refused = sender.chat; // a plain client sends nothing again: what it has in the queue is still tried
+      sender.ws.close(CLOSE.tryAgain, "The message could not be stored: try again.");
+    }
   }
 
   // ── Presence ──
@@ -1528,6 +1615,7 @@ class Rooms implements BrokerEvents {
 
   /** Sends presence at once when the last one is a second past, else when it is. */
   #presenceChanged(room: Room): void {
+    if (this.#rooms.get(room.name) !== room) return; // lost: another room may have its name and its topics by now
     const wait = room.presenceAt + PRESENCE_MS - performance.now();
     room.presenceTimer ??= setTimeout(() => this.#sendPresence(room), Math.max(0, wait));
   }
@@ -1539,7 +1627,9 @@ class Rooms implements BrokerEvents {
       count: room.chatCount + room.plainCount,
       names: [...room.names.keys().take(PRESENCE_NAMES)],
     };
-    const all = await this.broker.present(room.name, own).catch(() => [own]);
+    const all = await this.broker.present(room.name, own).catch(() => undefined);
+    if (this.#rooms.get(room.name) !== room) return;
+    if (!all) return this.#presenceChanged(room); // the store did not say: asked again in a second
     const count = all.reduce((sum, here) => sum + here.count, 0);
     const names = [...new Set(all.flatMap((here) => here.names))].slice(0, PRESENCE_NAMES);
     const frame = encode({ type: "presence", count, names });
