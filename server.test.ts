@@ -190,6 +190,69 @@ class Redis {
   }
 }
 
+/** A TCP proxy: the network between a server and its Redis, or between a page and its server. */
+class Wire {
+  /** Both ends of each connection. */
+  readonly #ends = new Set<Socket>();
+  #silent = false;
+  readonly #listener = createServer((near) => {
+    const far = connect(this.port, "127.0.0.1");
+    for (const [end, other] of [[near, far] as const, [far, near] as const]) {
+      this.#ends.add(end);
+      if (this.#silent) end.pause();
+      end.on("data", (data) => void other.write(data));
+      end.on("error", () => {});
+      end.on("close", () => {
+        this.#ends.delete(end);
+        other.destroy();
+      });
+    }
+  });
+
+  private constructor(readonly port: number) {}
+
+  static async to({ port }: { port: number }): Promise<Wire> {
+    const wire = new Wire(port);
+    await new Promise<void>((listening) => wire.#listener.listen(0, "127.0.0.1", listening));
+    started.push(() => {
+      wire.cut();
+      wire.#listener.close();
+    });
+    return wire;
+  }
+
+  /** Where it listens: host and port. */
+  get address(): string {
+    return `127.0.0.1:${(this.#listener.address() as AddressInfo).port}`;
+  }
+
+  get connections(): number {
+    return this.#ends.size / 2;
+  }
+
+  /** Forwards nothing any more, and tells nobody: what is sent waits. */
+  silence(): void {
+    this.#silent = true;
+    this.silenceOpen();
+  }
+
+  /** The same for the connections that are open; new ones work. */
+  silenceOpen(): void {
+    for (const end of this.#ends) end.pause();
+  }
+
+  /** Forwards again, first what waited. */
+  speak(): void {
+    this.#silent = false;
+    for (const end of this.#ends) end.resume();
+  }
+
+  /** Ends every connection at once; new ones are possible. */
+  cut(): void {
+    for (const end of [...this.#ends]) end.destroy();
+  }
+}
+
 let shared: Promise<Redis> | undefined;
 /** One Redis for the tests that do nothing to it. */
 function sharedRedis(): Promise<Redis> {
@@ -1387,63 +1450,6 @@ describe("the SQLite store", () => {
 
 // ─── Many servers, one chat ──────────────────────────────────────────────────────────────────────────────────────────
 
-/** A TCP proxy in front of a Redis: the network between one server and its Redis. */
-class Wire {
-  /** Both ends of each connection. */
-  readonly #ends = new Set<Socket>();
-  #silent = false;
-  readonly #listener = createServer((near) => {
-    const far = connect(this.port, "127.0.0.1");
-    for (const [end, other] of [[near, far] as const, [far, near] as const]) {
-      this.#ends.add(end);
-      if (this.#silent) end.pause();
-      end.on("data", (data) => void other.write(data));
-      end.on("error", () => {});
-      end.on("close", () => {
-        this.#ends.delete(end);
-        other.destroy();
-      });
-    }
-  });
-
-  private constructor(readonly port: number) {}
-
-  static async to({ port }: Redis): Promise<Wire> {
-    const wire = new Wire(port);
-    await new Promise<void>((listening) => wire.#listener.listen(0, "127.0.0.1", listening));
-    started.push(() => {
-      wire.cut();
-      wire.#listener.close();
-    });
-    return wire;
-  }
-
-  get url(): string {
-    return `redis://127.0.0.1:${(this.#listener.address() as AddressInfo).port}`;
-  }
-
-  get connections(): number {
-    return this.#ends.size / 2;
-  }
-
-  /** Forwards nothing any more, and tells nobody: what is sent waits. */
-  silence(): void {
-    this.#silent = true;
-    for (const end of this.#ends) end.pause();
-  }
-
-  /** Forwards again, first what waited. */
-  speak(): void {
-    this.#silent = false;
-    for (const end of this.#ends) end.resume();
-  }
-
-  /** Ends every connection at once; new ones are possible. */
-  cut(): void {
-    for (const end of [...this.#ends]) end.destroy();
-  }
-}
-
 /** A Redis for one test, that it may do anything to. */
 async function ownRedis(...args: string[]): Promise<Redis> {
   const redis = await Redis.start(...args);
@@ -1765,10 +1771,10 @@ describe.skipIf(!REDIS_SERVER)("resume on a server that is behind", () => {
   test("waits until that server knows what the client has seen, and gives exactly what was missed", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const [one, other] = [...(await spawnServers(1, redis.url)), ...(await spawnServers(1, wire.url))] as [
-      ServerProcess,
-      ServerProcess,
-    ];
+    const [one, other] = [
+      ...(await spawnServers(1, redis.url)),
+      ...(await spawnServers(1, `redis://${wire.address}`)),
+    ] as [ServerProcess, ServerProcess];
     const bo = await Client.join(other.url, { name: "Bo" });
     const ann = await Client.join(one.url, { name: "Ann" });
     ann.post("one");
@@ -1937,7 +1943,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("the connections between one server and Redis cut, again and again", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, wire.url))];
+    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, `redis://${wire.address}`))];
     const all = movers(12, servers);
     for (let cut = 0; cut < 10; cut++) {
       await allTalk(all, 3);
@@ -1951,7 +1957,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("the connections between one server and Redis silent: nobody stays on the deaf server, and it hears again", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, wire.url))];
+    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, `redis://${wire.address}`))];
     const all = movers(6, servers);
     const listener = await Client.join((servers[2] as ServerProcess).url);
     await allTalk(all, 10);
@@ -1976,7 +1982,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("the connections between one server and Redis silent for a moment, then dropped", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, wire.url))];
+    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, `redis://${wire.address}`))];
     const all = movers(9, servers);
     for (let moment = 0; moment < 3; moment++) {
       await allTalk(all, 5);
@@ -2665,9 +2671,9 @@ describePage("nothing is lost in the page", () => {
 
   test("a socket that falls silent without closing is found dead, and what was sent on it arrives once", async () => {
     const { url } = await start();
-    const proxy = await startProxy(Number(new URL(url).port));
-    const tab = await Tab.join(proxy.url);
-    proxy.silence();
+    const wire = await Wire.to({ port: Number(new URL(url).port) });
+    const tab = await Tab.join(`http://${wire.address}/`);
+    wire.silenceOpen();
     await tab.say("into the silence");
     await tab.untilText("into the silence", "pending");
     // A return to the tab asks for a sign of life; none comes.
@@ -2738,9 +2744,9 @@ describePage("nothing is lost in the page", () => {
 
   test("a page whose outbox was taken over while it slept does not send it", async () => {
     const { url } = await start();
-    const proxy = await startProxy(Number(new URL(url).port));
-    const tab = await Tab.join(proxy.url);
-    proxy.silence();
+    const wire = await Wire.to({ port: Number(new URL(url).port) });
+    const tab = await Tab.join(`http://${wire.address}/`);
+    wire.silenceOpen();
     await tab.say("taken over");
     await tab.untilText("taken over", "pending");
     await tab.run(() => {
@@ -2781,48 +2787,6 @@ describePage("nothing is lost in the page", () => {
     expect(await tab.run(() => document.querySelector<HTMLTextAreaElement>("#text")!.value)).toBe("half a thou");
   });
 });
-
-/** A TCP proxy that can fall silent: it forwards nothing more on its connections, and closes none. New ones work. */
-async function startProxy(port: number): Promise<{ url: string; silence(): void }> {
-  interface Pipe {
-    other: Bun.Socket<Pipe> | undefined;
-    waiting: Uint8Array[];
-    silent: boolean;
-  }
-  const pipes = new Set<Pipe>();
-  const handlers = {
-    data({ data }: Bun.Socket<Pipe>, chunk: Uint8Array) {
-      if (data.silent) return;
-      if (data.other) data.other.write(chunk);
-      else data.waiting.push(chunk.slice());
-    },
-    close({ data }: Bun.Socket<Pipe>) {
-      if (!data.silent) data.other?.end();
-    },
-  };
-  const listener = Bun.listen<Pipe>({
-    hostname: "localhost",
-    port: 0,
-    socket: {
-      ...handlers,
-      open(client) {
-        client.data = { other: undefined, waiting: [], silent: false };
-        pipes.add(client.data);
-        const data: Pipe = { other: client, waiting: [], silent: false };
-        pipes.add(data);
-        Bun.connect<Pipe>({ hostname: "localhost", port, data, socket: handlers }).then((server) => {
-          client.data.other = server;
-          for (const chunk of client.data.waiting.splice(0)) server.write(chunk);
-        });
-      },
-    },
-  });
-  started.push(() => listener.stop(true));
-  return {
-    url: `http://localhost:${listener.port}/`,
-    silence: () => pipes.forEach((pipe) => (pipe.silent = true)),
-  };
-}
 
 describePage("the connection", () => {
   test("being offline is said in words, and what was written is sent at once when it ends", async () => {
