@@ -1,14 +1,16 @@
 /// <reference types="bun-types" />
 /**
  * The promises of the chat, a test each, against real servers, real files and real sockets.
- * The order: what is served · the two dialects · promises 1 to 4 · the store · operation · the page.
+ * The order: what is served · the two dialects · promises 1 to 4 · the store · who gets in, slow readers, flooders, hostile
+ * bytes, the machine's limits (promises 5 to 7) · many servers · operation · commands · the page.
  */
 import { Database } from "bun:sqlite";
-import { afterAll, afterEach, describe, expect, setDefaultTimeout, test } from "bun:test";
-import { mkdtempSync, rmSync } from "node:fs";
+import { afterAll, afterEach, describe, expect, setDefaultTimeout, setSystemTime, test } from "bun:test";
+import { copyFileSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
-import { join } from "node:path";
+import { basename, join } from "node:path";
+import { connect as connectTls } from "node:tls";
 
 import { Browser, type BrowserWindow, type Element, type HTMLAnchorElement } from "happy-dom";
 import type { HTMLElement, HTMLTextAreaElement } from "happy-dom";
@@ -27,6 +29,7 @@ import {
 
 // ─── Tools: servers, clients, waiting ────────────────────────────────────────────────────────────────────────────────
 
+const SERVER = join(import.meta.dir, "server.ts");
 /** Folder for the databases of this run. */
 const FOLDER = mkdtempSync(join(tmpdir(), "chat-test-"));
 /** Milliseconds after which what should have come is missing. No test is about time: this only ends a failed one. */
@@ -81,7 +84,7 @@ async function spawnServer(env: Record<string, string>): Promise<ServerProcess> 
 }
 
 function spawn(env: Record<string, string>, args: string[] = []): Bun.Subprocess<"ignore", "pipe", "pipe"> {
-  const server = Bun.spawn([process.execPath, "run", join(import.meta.dir, "server.ts"), ...args], {
+  const server = Bun.spawn([process.execPath, "run", SERVER, ...args], {
     env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
     cwd: FOLDER,
     stdin: "ignore",
@@ -1448,6 +1451,1272 @@ describe("the SQLite store", () => {
   });
 });
 
+/** One WebSocket frame as a client writes it; every part of it can be made wrong. RFC 6455 section 5.2. */
+function rawFrame(payload: string | Uint8Array, opcode = 1, { fin = true, mask = true, rsv = 0 } = {}): Buffer {
+  const body = Buffer.from(payload as Uint8Array);
+  const head = Buffer.alloc(body.length < 126 ? 2 : body.length < 65536 ? 4 : 10);
+  head[0] = (fin ? 0x80 : 0) | (rsv << 4) | opcode;
+  if (head.length === 2) head[1] = body.length;
+  else if (head.length === 4) ((head[1] = 126), head.writeUInt16BE(body.length, 2));
+  else ((head[1] = 127), head.writeBigUInt64BE(BigInt(body.length), 2));
+  if (!mask) return Buffer.concat([head, body]);
+  head[1]! |= 0x80;
+  return Buffer.concat([head, Buffer.alloc(4), body]); // a mask of zeros leaves the payload as it is
+}
+
+/** A WebSocket handshake as bytes; `change` makes it wrong. */
+function rawHandshake(path = "/ws/", { plain = false, headers = "" } = {}): string {
+  return (
+    `GET ${path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n` +
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n" +
+    `${plain ? "" : "Sec-WebSocket-Protocol: chat.v1\r\n"}${headers}\r\n`
+  );
+}
+
+/** A TCP connection that says whatever it is told to, and records what comes back. */
+class Raw {
+  #received: Buffer[] = [];
+  /** Bytes that came. */
+  bytes = 0;
+  ended = false;
+  /** Whether what comes is kept, or only counted. */
+  keep = true;
+  #wake = Promise.withResolvers<void>();
+
+  private constructor(readonly socket: Socket) {
+    socket.on("data", (data: Buffer) => {
+      this.bytes += data.length;
+      if (this.keep) this.#received.push(data);
+      this.#wakeUp();
+    });
+    for (const event of ["drain", "close"]) socket.on(event, () => this.#wakeUp());
+    socket.on("close", () => (this.ended = true));
+    socket.on("error", () => {}); // a reset: `ended` says it
+    started.push(() => socket.destroy());
+  }
+
+  static async open(url: string): Promise<Raw> {
+    const connected = Promise.withResolvers<void>();
+    const socket = connect(Number(new URL(url).port), "127.0.0.1", connected.resolve);
+    socket.once("error", connected.reject);
+    await within(connected.promise, "a TCP connection");
+    return new Raw(socket);
+  }
+
+  /** Opens and makes a WebSocket of it; returns when the hello has come, or the 101 for a plain one. */
+  static async join(url: string, path?: string, options?: Parameters<typeof rawHandshake>[1]): Promise<Raw> {
+    const raw = await Raw.open(url);
+    raw.send(rawHandshake(path, options));
+    await raw.until("the handshake", () => raw.text.includes(options?.plain ? "\r\n\r\n" : '"limits"'));
+    return raw;
+  }
+
+  #wakeUp(): void {
+    this.#wake.resolve();
+    this.#wake = Promise.withResolvers();
+  }
+
+  get text(): string {
+    return Buffer.concat(this.#received).toString("latin1");
+  }
+
+  /** The status line's number, or undefined when none came. */
+  get status(): number | undefined {
+    const status = /^HTTP\/1\.1 (\d+)/.exec(this.text)?.[1];
+    return status === undefined ? undefined : Number(status);
+  }
+
+  /** The frames after the handshake: opcode and payload. */
+  get frames(): [opcode: number, payload: Buffer][] {
+    const all = Buffer.concat(this.#received);
+    const frames: [number, Buffer][] = [];
+    for (let at = all.indexOf("\r\n\r\n") + 4; at + 2 <= all.length;) {
+      let [size, head] = [all[at + 1] as number, 2];
+      if (size === 126) [size, head] = [all.readUInt16BE(at + 2), 4];
+      else if (size === 127) [size, head] = [Number(all.readBigUInt64BE(at + 2)), 10];
+      if (at + head + size > all.length) break;
+      frames.push([(all[at] as number) & 15, all.subarray(at + head, at + head + size)]);
+      at += head + size;
+    }
+    return frames;
+  }
+
+  /** The code of the Close frame that came; 1005 for one without. */
+  get closeCode(): number | undefined {
+    const close = this.frames.find(([opcode]) => opcode === 8)?.[1];
+    return close && (close.length < 2 ? 1005 : close.readUInt16BE(0));
+  }
+
+  send(data: string | Uint8Array): void {
+    this.socket.write(data);
+  }
+
+  async until(what: string, done: () => boolean): Promise<void> {
+    const loop = async () => {
+      while (!done()) {
+        if (this.ended) throw new Error(`The connection ended before ${what}: ${this.text.slice(0, 300)}`);
+        await this.#wake.promise;
+      }
+    };
+    await within(loop(), what);
+  }
+
+  async untilEnded(): Promise<void> {
+    const loop = async () => {
+      while (!this.ended) await this.#wake.promise;
+    };
+    await within(loop(), "the end of the connection");
+  }
+}
+
+/** MiB of memory that a process holds. */
+function memoryOf(pid: number): number {
+  return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
+}
+
+/** Waits for something that no event tells. */
+async function eventually(what: string, done: () => boolean | Promise<boolean>): Promise<void> {
+  const loop = async () => {
+    while (!(await done())) await Bun.sleep(10);
+  };
+  await within(loop(), what);
+}
+
+/** Collects what a process says on standard error. */
+function errorsOf(server: ServerProcess): { text: string } {
+  const errors = { text: "" };
+  const [own, other] = server.stderr.tee(); // `spawnServer` reads the other one when the server ends
+  Object.defineProperty(server, "stderr", { value: other });
+  (async () => {
+    for await (const chunk of own.pipeThrough(new TextDecoderStream())) errors.text += chunk;
+  })();
+  return errors;
+}
+
+// ─── Who gets in ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+describe("a page of another origin", () => {
+  const answer = async (url: string, origin: string, host: string) => {
+    const raw = await Raw.open(url);
+    const headers = `Origin: ${origin}\r\n`;
+    raw.send(rawHandshake("/ws/", { headers }).replace("Host: localhost", `Host: ${host}`));
+    await raw.until("an answer", () => raw.status !== undefined);
+    return raw.status;
+  };
+
+  test("is kept out, the server's own comes in: with ports, IPv6 hosts, upper case, null and lists", async () => {
+    const { url } = await start();
+    const cases = [
+      ["http://chat.example", "chat.example", 101],
+      ["http://CHAT.example", "chat.example", 101],
+      ["http://chat.example", "CHAT.Example", 101],
+      ["https://chat.example", "chat.example", 101],
+      ["http://chat.example:80", "chat.example", 101],
+      ["https://chat.example", "chat.example:443", 101],
+      ["http://chat.example:8080", "chat.example:8080", 101],
+      ["http://[::1]:8080", "[::1]:8080", 101],
+      ["http://[::1]", "[0:0:0:0:0:0:0:1]", 101],
+      ["http://127.0.0.1:8080", "127.0.0.1:8080", 101],
+      ["http://chat.example", "chat.example:8080", 403],
+      ["http://chat.example:8081", "chat.example:8080", 403],
+      ["http://[::2]:8080", "[::1]:8080", 403],
+      ["http://evil.example", "chat.example", 403],
+      ["http://chat.example.evil.example", "chat.example", 403],
+      ["http://evil.example/chat.example", "chat.example", 403],
+      ["http://evil.example#chat.example", "chat.example", 403],
+      ["http://chat.example@evil.example", "chat.example", 403],
+      ["http://xchat.example", "chat.example", 403],
+      ["http://chat.example, http://evil.example", "chat.example", 403],
+      ["http://chat.example,http://evil.example", "chat.example", 403],
+      ["null", "chat.example", 403],
+      ["", "chat.example", 403],
+      ["null", "null", 403],
+      ["file://", "chat.example", 403],
+      ["chrome-extension://chat.example", "localhost", 403],
+      ["about:blank", "chat.example", 403],
+    ] as const;
+    for (const [origin, host, status] of cases) {
+      expect([origin, host, await answer(url, origin, host)]).toEqual([origin, host, status]);
+    }
+  });
+
+  test("comes in when CHAT_ORIGINS names it: as an origin, as a host, or by *; a proxy may rewrite Host then", async () => {
+    const { origins } = readConfig({ CHAT_ORIGINS: "https://Chat.example, other.example:8443" });
+    const { url } = await start({ origins });
+    const cases = [
+      ["https://chat.example", 101],
+      ["https://chat.example:443", 101],
+      ["http://chat.example", 403],
+      ["https://other.example:8443", 101],
+      ["http://other.example:8443", 101],
+      ["https://other.example", 403],
+      ["https://evil.example", 403],
+      ["null", 403],
+    ] as const;
+    for (const [origin, status] of cases) {
+      expect([origin, await answer(url, origin, "127.0.0.1:9000")]).toEqual([origin, status]);
+    }
+    const open = await start({ origins: ["*"] });
+    for (const origin of ["https://evil.example", "null"]) expect(await answer(open.url, origin, "x")).toBe(101);
+  });
+});
+
+describe("a password", () => {
+  const PASSWORD = "öpen sesame+&=%";
+  const login = (url: string, password: string, headers: Record<string, string> = {}, path = "") =>
+    fetch(url + path, { method: "POST", body: new URLSearchParams({ password }), headers });
+  const cookieOf = (response: Response) => /^[^;]+/.exec(response.headers.get("set-cookie") ?? "")?.[0] ?? "";
+  /** The status with which a plain handshake is answered. */
+  const knock = async (url: string, headers: Record<string, string>) => {
+    const raw = await Raw.open(url);
+    const lines = Object.entries(headers).map(([name, value]) => `${name}: ${value}\r\n`);
+    raw.send(Buffer.from(rawHandshake("/ws/", { plain: true, headers: lines.join("") })));
+    await raw.until("an answer", () => raw.status !== undefined);
+    return raw.status;
+  };
+
+  test("keeps everything but the page from those who do not have it, in both dialects", async () => {
+    const { url } = await start({ password: PASSWORD });
+    const headers = { Authorization: `Bearer ${PASSWORD}` };
+    const ann = await Client.join(url, { name: "Ann", headers: { Cookie: cookieOf(await login(url, PASSWORD)) } });
+    ann.post("secret");
+    await ann.untilMessages(1);
+    expect(await (await fetch(url)).text()).toBe(await Bun.file(join(import.meta.dir, "index.html")).text());
+    for (const path of ["/ws/", "/ws/team", "/ws/?epoch=0&after=0"]) {
+      const plain = await Raw.open(url);
+      plain.send(rawHandshake(path, { plain: true }));
+      await plain.until("an answer", () => plain.status === 401);
+      expect(plain.text).toContain("\r\n\r\nA password is needed.\n");
+      const chat = await Raw.open(url);
+      chat.send(rawHandshake(path) + rawFrame('{"type":"post","key":"k","text":"in"}').toString("latin1"));
+      await chat.untilEnded();
+      expect([chat.status, chat.closeCode, chat.frames.length]).toEqual([101, 4401, 1]);
+    }
+    ann.send({ type: "typing" });
+    await ann.settle();
+    expect(textsOf(ann.messages)).toEqual(["secret"]);
+    expect(ann.all("presence").at(-1)?.count).toBe(1);
+    expect(headers.Authorization).toContain(PASSWORD);
+  });
+
+  test("is given at any path for a cookie that does not hold it, and is honoured in both dialects; so is Bearer", async () => {
+    const { url } = await start({ password: "sesame" });
+    const response = await login(url, "sesame", {}, "team");
+    expect([response.status, await response.text()]).toEqual([204, ""]);
+    const [set, ...others] = response.headers.getSetCookie();
+    expect(others).toEqual([]);
+    expect(set).toMatch(/^chat=[\w.-]+; Path=\/; Max-Age=\d+; HttpOnly; SameSite=Strict$/);
+    expect(Buffer.from(set!, "base64").toString("latin1") + set).not.toContain("sesame");
+    const cookie = cookieOf(response);
+    await (await Client.join(url, { headers: { Cookie: `other=1; ${cookie}; last=2` } })).settle();
+    expect(await knock(url, { Cookie: cookie })).toBe(101);
+    expect(await knock(url, { Authorization: "Bearer sesame" })).toBe(101);
+    expect(await knock(url, { Authorization: "bearer sesame" })).toBe(101);
+    await (await Client.join(url, { headers: { Authorization: "Bearer sesame" } })).settle();
+  });
+
+  test("of any characters is understood by the form", async () => {
+    const { url } = await start({ password: PASSWORD });
+    expect((await login(url, PASSWORD)).status).toBe(204);
+    expect((await login(url, `${PASSWORD} `)).status).toBe(401);
+  });
+
+  test("wrong, forged, ended, of another password, or no cookie at all: none comes in", async () => {
+    const first = await start({ password: "one" });
+    const other = await start({ password: "two" });
+    const cookie = cookieOf(await login(first.url, "one"));
+    expect(await knock(other.url, { Cookie: cookie })).toBe(401);
+    const [ends, signature] = cookie.slice("chat=".length).split(".") as [string, string];
+    const bad = [
+      "chat=",
+      "chat=.",
+      `chat=${ends}`,
+      `chat=${ends}.`,
+      `chat=.${signature}`,
+      `chat=${Number(ends) + 1}.${signature}`,
+      `chat=1e99.${signature}`,
+      `chat=${ends}.${signature.slice(0, -2)}`,
+      `chat=${ends}.${signature}AAAA`,
+      `chat=${ends}.${"A".repeat(43)}`,
+      `Chat=${ends}.${signature}`,
+      "chat=%00%ff%zz",
+      `chat=${"x".repeat(8000)}`,
+      ";;;===",
+      "chat=one",
+    ];
+    for (const each of bad) expect([each, await knock(first.url, { Cookie: each })]).toEqual([each, 401]);
+    expect(await knock(first.url, { Cookie: cookie })).toBe(101);
+    for (const each of ["Basic b25l", "Bearer", "one", "Bearer  one"]) {
+      expect([each, await knock(first.url, { Authorization: each })]).toEqual([each, 401]);
+    }
+  });
+
+  test("that was changed ends the old cookies", async () => {
+    const db = newFile();
+    const before = await start({ password: "old", db });
+    const cookie = cookieOf(await login(before.url, "old"));
+    await before.stop();
+    const after = await start({ password: "new", db });
+    expect(await knock(after.url, { Cookie: cookie })).toBe(401);
+    await after.stop();
+    const back = await start({ password: "old", db });
+    expect(await knock(back.url, { Cookie: cookie })).toBe(101);
+  });
+
+  test("is not tried from pages of other origins", async () => {
+    const { url } = await start({ password: "sesame" });
+    for (const Origin of ["https://evil.example", "null"]) {
+      const response = await login(url, "sesame", { Origin });
+      expect([response.status, response.headers.get("set-cookie")]).toEqual([403, null]);
+    }
+    expect((await login(url, "sesame", { Origin: url.slice(0, -1) })).status).toBe(204);
+  });
+
+  test("guessed wrong makes the address wait, by form, Bearer and socket alike, and nobody else", async () => {
+    const { url } = await start({ password: "sesame", proxies: 1 });
+    const from = (address: string) => ({ "X-Forwarded-For": address });
+    const statuses = [];
+    for (let i = 0; i < 6; i++) statuses.push((await login(url, `guess${i}`, from("192.0.2.1"))).status);
+    expect(statuses).toEqual([401, 401, 401, 401, 401, 429]);
+    const refused = await login(url, "sesame", from("192.0.2.1"));
+    expect([refused.status, refused.headers.get("retry-after")]).toEqual([429, "1"]);
+    expect(await knock(url, { Authorization: "Bearer sesame", ...from("192.0.2.1") })).toBe(429);
+    const chat = await Raw.open(url);
+    chat.send(rawHandshake("/ws/", { headers: "Authorization: Bearer sesame\r\nX-Forwarded-For: 192.0.2.1\r\n" }));
+    await chat.untilEnded();
+    expect(chat.closeCode).toBe(4401);
+    expect((await login(url, "sesame", from("192.0.2.2"))).status).toBe(204);
+  });
+
+  test("guessed a thousand times leaves a server that answers, and those who are in", async () => {
+    const server = await spawnServer({ CHAT_PASSWORD: "sesame", CHAT_PROXIES: "1", LOG_LEVEL: "info" });
+    const ann = await Client.join(server.url, {
+      headers: { Authorization: "Bearer sesame", "X-Forwarded-For": "192.0.2.99" },
+    });
+    const guess = (i: number) =>
+      login(server.url, "x".repeat(2000), { "X-Forwarded-For": `10.${i >> 16}.${(i >> 8) & 255}.${i & 255}` });
+    const before = memoryOf(server.pid);
+    for (let i = 0; i < 1000; i += 100) await Promise.all(Array.from({ length: 100 }, (_, k) => guess(i + k)));
+    const same = await Promise.all(Array.from({ length: 200 }, () => guess(0)));
+    expect(same.filter(({ status }) => status === 429).length).toBeGreaterThan(190);
+    await ann.settle();
+    expect(memoryOf(server.pid) - before).toBeLessThan(64);
+  });
+
+  test("is counted by the address that the trusted proxies saw, whatever the client made up", async () => {
+    const spoof = async (config: Partial<Config>, lines: (i: number) => [string, string][]) => {
+      const { url } = await start({ password: "sesame", ...config });
+      const statuses = [];
+      for (let i = 0; i < 8; i++) {
+        const raw = await Raw.open(url);
+        const headers = lines(i)
+          .map(([name, value]) => `${name}: ${value}\r\n`)
+          .join("");
+        raw.send(rawHandshake("/ws/", { plain: true, headers: `Authorization: Bearer no\r\n${headers}` }));
+        await raw.until("an answer", () => raw.status !== undefined);
+        statuses.push(raw.status);
+      }
+      return statuses.includes(429);
+    };
+    const x = "X-Forwarded-For";
+    expect(await spoof({}, (i) => [[x, `192.0.2.${i}`]])).toBe(true); // no proxy is trusted: the header is nothing
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `192.0.2.${i}, 198.51.100.7`]])).toBe(true);
+    expect(
+      await spoof({ proxies: 1 }, (i) => [
+        [x, `192.0.2.${i}`],
+        [x, "198.51.100.7"],
+      ]),
+    ).toBe(true); // as HAProxy adds it
+    expect(await spoof({ proxies: 2 }, (i) => [[x, `192.0.2.${i}, 198.51.100.7, 203.0.113.9`]])).toBe(true);
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `2001:db8:1:2:${i}::1`]])).toBe(true); // one /64
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `2001:db8:1:2::${i}`]])).toBe(true);
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `2001:DB8:1:2::${i ? "a" : "A"}`]])).toBe(true);
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `2001:db8:1:${i}::1`]])).toBe(false); // others
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `198.51.100.7:${5000 + i}`]])).toBe(true); // with a port, as some proxies add it
+    expect(await spoof({ proxies: 1 }, (i) => [[x, `[2001:db8:1:2::1]:${5000 + i}`]])).toBe(true);
+  });
+});
+
+describe("the page's headers", () => {
+  test("are the ones that the design names, and the policy's hashes are of its one script and one style", async () => {
+    const { url } = await start({ password: "sesame" });
+    const response = await fetch(`${url}team`);
+    const html = await response.text();
+    const hash = (tag: string) => {
+      const contents = [...html.matchAll(new RegExp(`<${tag}[^>]*>([^]*?)</${tag}>`, "g"))];
+      expect(contents).toHaveLength(1);
+      return `'sha256-${new Bun.CryptoHasher("sha256").update(contents[0]?.[1] ?? "").digest("base64")}'`;
+    };
+    const policy = Object.fromEntries(
+      (response.headers.get("content-security-policy") ?? "").split(";").map((directive) => {
+        const [name = "", ...values] = directive.trim().split(" ");
+        return [name, values.join(" ")];
+      }),
+    );
+    expect(policy).toEqual({
+      "default-src": "'none'",
+      "script-src": hash("script"),
+      "style-src": hash("style"),
+      "img-src": "data:",
+      "connect-src": "'self'",
+      "base-uri": "'none'",
+      "form-action": "'self'",
+      "frame-ancestors": "'none'",
+      "require-trusted-types-for": "'script'",
+      "trusted-types": "'none'",
+    });
+    expect(response.headers.get("x-content-type-options")).toBe("nosniff");
+    expect(response.headers.get("referrer-policy")).toBe("no-referrer");
+    expect(response.headers.get("cache-control")).toBe("no-cache");
+    expect(response.headers.get("access-control-allow-origin")).toBe(null);
+    expect(response.headers.get("server") ?? response.headers.get("x-powered-by")).toBe(null);
+    expect(html).not.toMatch(/\son[a-z]+\s*=\s*["']|style="|javascript:/i);
+  });
+});
+
+// ─── Slow readers, flooders ──────────────────────────────────────────────────────────────────────────────────────────
+
+describe("a reader that does not read", () => {
+  test("is cut, costs a bounded buffer, hurts nobody, and resumes without a hole", async () => {
+    const server = await spawnServer({ CHAT_RATE: "0" });
+    const [ann, bo] = [await Client.join(server.url, { name: "Ann" }), await Client.join(server.url, { plain: true })];
+    const { epoch } = await ann.first("hello");
+    const slow = await Promise.all(Array.from({ length: 30 }, () => Raw.join(server.url)));
+    for (const { socket } of slow) socket.pause();
+    const before = memoryOf(server.pid);
+    let [posted, most] = [0, 0];
+    const cut = () => server.output.match(/ left the lobby \(1006\)/g)?.length ?? 0;
+    const text = "x".repeat(16_000);
+    while (cut() < slow.length && posted < 4000) {
+      for (let i = 0; i < 20; i++) ann.post(text, `k${++posted}`);
+      await ann.untilMessages(posted);
+      most = Math.max(most, memoryOf(server.pid));
+    }
+    expect(cut()).toBe(slow.length);
+    expect(most - before).toBeLessThan(slow.length * 1 + 48); // 48 for the messages on their way and the database's cache
+    expectDense(ann.messages);
+    expect((await bo.untilTexts(posted)).length).toBe(posted);
+    const after = posted - 10;
+    const again = await Client.join(server.url, { epoch, after });
+    const { resumed, messages } = await again.first("hello");
+    expect([resumed, messages[0]?.seq, messages.length]).toEqual([true, after + 1, 10]);
+  });
+
+  test("of pongs, pings, pages and the page itself costs no more", async () => {
+    const server = await spawnServer({ CHAT_RATE: "0" });
+    const ann = await Client.join(server.url);
+    for (let i = 0; i < 100; i++) ann.post("x".repeat(16_000), `k${i}`);
+    await ann.untilMessages(100);
+    const before = memoryOf(server.pid);
+    const asks = [
+      Buffer.concat(Array(4000).fill(rawFrame("p".repeat(125), 9))),
+      Buffer.concat(Array(20_000).fill(rawFrame('{"type":"ping"}'))),
+      Buffer.concat(Array(500).fill(rawFrame('{"type":"page","before":101}'))),
+    ];
+    for (const ask of asks) {
+      const raws = await Promise.all(Array.from({ length: 5 }, () => Raw.join(server.url)));
+      for (const raw of raws) raw.socket.pause();
+      for (const raw of raws) for (let i = 0; i < 5; i++) raw.send(ask);
+      await ann.settle();
+      for (const raw of raws) raw.socket.destroy();
+    }
+    const piped = await Promise.all(Array.from({ length: 5 }, () => Raw.open(server.url)));
+    for (const { socket } of piped) socket.pause();
+    for (const raw of piped) raw.send("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(2000));
+    for (let i = 0; i < 20; i++) await ann.settle();
+    expect(memoryOf(server.pid) - before).toBeLessThan(96);
+  });
+
+  test("of a hello full of control characters still gets in: what is bounded is what is sent", async () => {
+    const { url } = await start({ rate: 0 });
+    const [bot, ann] = [await Client.join(url, { plain: true }), await Client.join(url)];
+    for (let i = 1; i <= 100; i++) {
+      bot.send("\u0001".repeat(16 * 1024)); // each takes six bytes in JSON
+      await ann.untilMessages(i);
+    }
+    const { frames } = await Raw.join(url);
+    expect(frames[0]?.[1].length).toBeLessThan(300 * 1024);
+    const bo = await Client.join(url);
+    const [oldest] = (await bo.first("hello")).messages;
+    bo.send({ type: "page", before: oldest!.seq });
+    expect((await bo.first("page")).messages.at(-1)?.seq).toBe(oldest!.seq - 1);
+    expect((bo.texts.find((text) => text.includes('"page"')) ?? "").length).toBeLessThan(300 * 1024);
+  });
+
+  test("of a thousand resumed hellos, each another, leaves no memory behind", async () => {
+    const server = await spawnServer({ CHAT_RATE: "0" });
+    const ann = await Client.join(server.url);
+    const { epoch } = await ann.first("hello");
+    for (let i = 0; i < 1000; i++) ann.post("x".repeat(250), `k${i}`);
+    await ann.untilMessages(1000);
+    const before = memoryOf(server.pid);
+    for (let after = 1; after < 1000; after++) {
+      const raw = await Raw.open(server.url);
+      raw.keep = false;
+      raw.send(rawHandshake(`/ws/?epoch=${epoch}&after=${after}`));
+      await raw.until("the hello", () => raw.bytes > 400);
+      raw.socket.destroy();
+    }
+    expect(memoryOf(server.pid) - before).toBeLessThan(80);
+  });
+});
+
+describe("a flooder", () => {
+  /** Sends frames as fast as the server takes them, until it takes no more or `count` are sent. */
+  const flood = async (raw: Raw, count: number, frame: (i: number) => Buffer) => {
+    for (let i = 1; i <= count; i += 100) {
+      raw.send(Buffer.concat(Array.from({ length: Math.min(100, count - i + 1) }, (_, k) => frame(i + k))));
+      if (raw.socket.writableNeedDrain) await raw.until("room to send", () => !raw.socket.writableNeedDrain);
+    }
+  };
+  const post = (i: number, text: string) => rawFrame(JSON.stringify({ type: "post", key: `k${i}`, text }));
+
+  test("is slowed to CHAT_RATE, and nothing of it is lost or changes places: tiny frames", async () => {
+    const { url } = await start({ rate: 1000 });
+    const [ann, raw] = [await Client.join(url), await Raw.join(url)];
+    await flood(raw, 15_000, (i) => post(i, `${i}`));
+    expect(ann.messages.length).toBeLessThan(15_000);
+    await ann.untilMessages(15_000);
+    expect(textsOf(ann.messages)).toEqual(Array.from({ length: 15_000 }, (_, i) => `${i + 1}`));
+    expectDense(ann.messages);
+  });
+
+  test("is slowed to CHAT_RATE, and nothing of it is lost or changes places: 16 KiB frames, plain", async () => {
+    const { url } = await spawnServer({ CHAT_RATE: "20" });
+    const [ann, raw] = [await Client.join(url), await Raw.join(url, "/ws/", { plain: true })];
+    const text = (i: number) => `${i}:`.padEnd(16 * 1024, "x");
+    await flood(raw, 240, (i) => rawFrame(text(i)));
+    await ann.untilMessages(240);
+    expect(ann.messages.every((each, i) => each.text === text(i + 1))).toBe(true);
+  });
+
+  test("that closes cleanly still gets in what it had sent", async () => {
+    const { url } = await start({ rate: 200 });
+    const [ann, raw] = [await Client.join(url), await Raw.join(url)];
+    await flood(raw, 2500, (i) => post(i, `${i}`));
+    raw.send(rawFrame(Buffer.from([3, 232]), 8));
+    await raw.untilEnded(); // the close is answered before the queue is empty
+    expect(raw.closeCode).toBe(1000);
+    expect(ann.messages.length).toBeLessThan(2500);
+    await ann.untilMessages(2500);
+    expect(textsOf(ann.messages)).toEqual(Array.from({ length: 2500 }, (_, i) => `${i + 1}`));
+  });
+
+  test("gets its pings answered while its posts wait", async () => {
+    const { url } = await start({ rate: 10 });
+    const [ann, raw] = [await Client.join(url), await Raw.join(url)];
+    await flood(raw, 5000, (i) => post(i, `${i}`));
+    raw.send(rawFrame('{"type":"ping"}'));
+    raw.send(rawFrame("anybody?", 9));
+    const answers = () => raw.frames.map(([opcode, payload]) => `${opcode} ${payload}`);
+    await raw.until("the pongs", () => answers().includes("10 anybody?") && answers().includes('1 {"type":"pong"}'));
+    expect(ann.messages.length).toBeLessThan(5000);
+  });
+
+  test("cannot make its queue large, by whatever its frames are large with", async () => {
+    const frames = {
+      text: JSON.stringify({ type: "post", key: "k", text: "x".repeat(16_000) }),
+      "a text that is too long": JSON.stringify({ type: "post", key: "k", text: "x".repeat(60_000) }),
+      "a key that is too long": JSON.stringify({ type: "post", key: "k".repeat(60_000), text: "x" }),
+      "a name that is too long": JSON.stringify({ type: "name", name: "n".repeat(60_000) }),
+      nothing: '{"type":"typing"}',
+    };
+    for (const [what, frame] of Object.entries(frames)) {
+      const server = await spawnServer({ CHAT_RATE: "1" });
+      const [ann, raw] = [await Client.join(server.url), await Raw.join(server.url)];
+      const before = memoryOf(server.pid);
+      const many = Buffer.concat(Array(Math.ceil(1e6 / frame.length)).fill(rawFrame(frame)));
+      for (let i = 0; i < 150; i++) {
+        raw.send(many);
+        await ann.settle();
+        if (raw.socket.writableLength > 20e6) break; // it is read no further
+      }
+      expect([what, memoryOf(server.pid) - before < 48]).toEqual([what, true]);
+      server.kill("SIGKILL");
+    }
+  });
+
+  test("is not slowed with CHAT_RATE=0", async () => {
+    const { url } = await start({ rate: 0 });
+    const [ann, raw] = [await Client.join(url), await Raw.join(url)];
+    await flood(raw, 20_000, (i) => post(i, `${i}`));
+    raw.send(rawFrame('{"type":"ping"}'));
+    await raw.until("the pong", () => raw.text.includes('"pong"')); // by then all of it was handed to the broker
+    await ann.untilMessages(20_000);
+    expectDense(ann.messages);
+  });
+});
+
+// ─── Broken and hostile clients ──────────────────────────────────────────────────────────────────────────────────────
+
+describe("a broken handshake", () => {
+  test("gets the right status and a sentence, and nobody notices", async () => {
+    const server = await spawnServer({});
+    const errors = errorsOf(server);
+    const ann = await Client.join(server.url);
+    const good = rawHandshake();
+    const cases: [what: string, request: string, status: number][] = [
+      ["no key", good.replace(/Sec-WebSocket-Key.*\r\n/, ""), 400],
+      ["a short key", good.replace(/Key: .*\r\n/, "Key: abc\r\n"), 400],
+      ["a long key", good.replace(/Key: .*\r\n/, `Key: ${"A".repeat(60)}\r\n`), 400],
+      ["version 8", good.replace("Version: 13", "Version: 8"), 426],
+      ["no version", good.replace(/Sec-WebSocket-Version.*\r\n/, ""), 426],
+      ["two versions", good.replace("Version: 13", "Version: 13, 8"), 426],
+      ["no upgrade", good.replace("Upgrade: websocket\r\n", ""), 426],
+      ["another upgrade", good.replace("Upgrade: websocket", "Upgrade: h2c"), 426],
+      ["another subprotocol", good.replace("chat.v1", "chat.v2"), 400],
+      ["POST", good.replace("GET", "POST"), 400],
+      ["a room that is too long", good.replace("/ws/", `/ws/${"r".repeat(65)}`), 400],
+      ["a room with a control character", good.replace("/ws/", "/ws/a%00b"), 400],
+      ["a room that is no UTF-8", good.replace("/ws/", "/ws/%ff"), 400],
+      ["no Host", good.replace("Host: localhost\r\n", ""), 400],
+      ["a Host with a space", good.replace("Host: localhost", "Host: a b"), 400],
+      ["a Host that is half an address", good.replace("Host: localhost", "Host: ["), 400],
+      ["a page from a Host that is none", "GET / HTTP/1.1\r\nHost: %zz\r\n\r\n", 400],
+      ["garbage", "\x16\x03\x01\x02\x00\x01\xff\r\n\r\n", 400],
+      ["HTTP/2", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400],
+      ["HTTP/9.9", "GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", 505],
+      ["huge headers", good.replace("Host:", `X: ${"x".repeat(200_000)}\r\nHost:`), 431],
+      ["a huge path", good.replace("/ws/", `/${"x".repeat(200_000)}`), 431],
+      ["a thousand headers", good.replace("Host:", `${"X: x\r\n".repeat(1000)}Host:`), 431],
+      ["two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400],
+      [
+        "a length and chunks",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        400,
+      ],
+    ];
+    for (const [what, request, status] of cases) {
+      const raw = await Raw.open(server.url);
+      raw.send(Buffer.from(request, "latin1"));
+      await raw.until(`an answer to ${what}`, () => raw.status !== undefined);
+      expect([what, raw.status]).toEqual([what, status]);
+      raw.socket.destroy();
+    }
+    await ann.settle();
+    expect([server.exitCode, errors.text]).toEqual([null, ""]); // no stack for what others do wrong
+  });
+
+  test("that is cut into single bytes, or comes with its first frames, is none", async () => {
+    const { url } = await start();
+    const slow = await Raw.open(url);
+    slow.socket.setNoDelay(true);
+    for (const byte of Buffer.concat([Buffer.from(rawHandshake()), rawFrame('{"type":"ping"}')])) {
+      await new Promise((sent) => slow.socket.write(Buffer.from([byte]), sent));
+    }
+    await slow.until("the pong", () => slow.text.includes('"pong"'));
+    const eager = await Raw.open(url);
+    eager.send(
+      Buffer.concat([
+        Buffer.from(rawHandshake()),
+        rawFrame('{"type":"post","key":"k","text":"early"}'),
+        rawFrame('{"type":"ping"}'),
+      ]),
+    );
+    await eager.until("its own post", () => eager.text.includes('"early"'));
+    expect(eager.frames.map(([, payload]) => JSON.parse(payload.toString()).type).slice(0, 2)).toEqual([
+      "hello",
+      "pong",
+    ]);
+  });
+
+  test("a thousand times, never finished, keeps nobody out, and leaves nothing behind", async () => {
+    const server = await spawnServer({});
+    const ann = await Client.join(server.url);
+    const descriptors = () => readdirSync(`/proc/${server.pid}/fd`).length;
+    const [memory, files] = [memoryOf(server.pid), descriptors()];
+    const raws = await Promise.all(Array.from({ length: 1000 }, () => Raw.open(server.url)));
+    for (const [i, raw] of raws.entries()) raw.send(rawHandshake().slice(0, i % 200));
+    await (await Client.join(server.url)).settle();
+    await ann.settle();
+    for (const { socket } of raws) socket.destroy();
+    await eventually("that all are closed", () => descriptors() <= files + 2);
+    expect(memoryOf(server.pid) - memory).toBeLessThan(32);
+  });
+});
+
+describe("a broken frame", () => {
+  const text = '{"type":"ping"}';
+  const close = (code: number, reason = "") =>
+    rawFrame(Buffer.concat([Buffer.from([code >> 8, code & 255]), Buffer.from(reason, "latin1")]), 8);
+  const header = (...bytes: number[]) => Buffer.from([0x81, 0xff, ...bytes, 0, 0, 0, 0]);
+
+  test("ends the connection with the code of RFC 6455, and nobody else's", async () => {
+    const { url } = await start({ rate: 0 });
+    const ann = await Client.join(url);
+    const cases: [what: string, code: number, ...frames: Buffer[]][] = [
+      ["unmasked", 1002, rawFrame(text, 1, { mask: false })],
+      ["RSV1", 1002, rawFrame(text, 1, { rsv: 4 })],
+      ["RSV2", 1002, rawFrame(text, 1, { rsv: 2 })],
+      ["RSV3", 1002, rawFrame(text, 1, { rsv: 1 })],
+      ...[3, 4, 5, 6, 7, 11, 12, 13, 14, 15].map((op): [string, number, Buffer] => [
+        `opcode ${op}`,
+        1002,
+        rawFrame("", op),
+      ]),
+      ["a fragmented ping", 1002, rawFrame("x", 9, { fin: false })],
+      ["a fragmented close", 1002, rawFrame("", 8, { fin: false })],
+      ["a ping of 126 bytes", 1002, rawFrame("x".repeat(126), 9)],
+      ["a continuation of nothing", 1002, rawFrame(text, 0)],
+      ["a text inside a text", 1002, rawFrame("a", 1, { fin: false }), rawFrame(text)],
+      ["a binary frame", 1003, rawFrame(text, 2)],
+      ["no UTF-8", 1007, rawFrame(Buffer.from([0x22, 0xff, 0x22]))],
+      ["a surrogate", 1007, rawFrame(Buffer.from([0xed, 0xa0, 0x80]))],
+      ["an overlong slash", 1007, rawFrame(Buffer.from([0xc0, 0xaf]))],
+      ["UTF-8 that breaks off", 1007, rawFrame(Buffer.from([0xe5, 0x9b]))],
+      [
+        "UTF-8 that breaks off between fragments",
+        1007,
+        rawFrame(Buffer.from([0xe5]), 1, { fin: false }),
+        rawFrame("x", 0),
+      ],
+      ["1 GiB", 1009, header(0, 0, 0, 0, 0x40, 0, 0, 0)],
+      ["2^63 bytes", 1009, header(0x80, 0, 0, 0, 0, 0, 0, 0)],
+      ["2^64 - 1 bytes", 1009, header(255, 255, 255, 255, 255, 255, 255, 255)],
+      ["64 KiB and one byte", 1009, rawFrame("x".repeat(65_537))],
+      [
+        "fragments of more than 64 KiB",
+        1009,
+        ...Array.from({ length: 65 }, (_, i) => rawFrame("x".repeat(1024), i ? 0 : 1, { fin: false })),
+      ],
+      ["a close of one byte", 1002, rawFrame("\x03", 8)],
+      ...[0, 999, 1004, 1005, 1006, 1015, 2999, 5000, 65_535].map((code): [string, number, Buffer] => [
+        `close ${code}`,
+        1002,
+        close(code),
+      ]),
+      ["a close whose reason is no UTF-8", 1007, close(1000, "\xff\xfe")],
+      ["a close without a code", 1005, rawFrame("", 8)],
+      ["a close", 1000, close(1000, "bye")],
+      ["a close of an application", 4999, close(4999)],
+      ["zeros", 1002, Buffer.alloc(100)],
+      ["HTTP", 1002, Buffer.from("GET / HTTP/1.1\r\n\r\n")],
+    ];
+    for (const [what, code, ...frames] of cases) {
+      for (const plain of [false, true]) {
+        const raw = await Raw.join(url, "/ws/", { plain });
+        for (const frame of frames) raw.send(frame);
+        raw.send(rawFrame('{"type":"post","key":"never","text":"after the end"}'));
+        await raw.untilEnded();
+        expect([what, raw.closeCode]).toEqual([what, code]);
+      }
+    }
+    ann.post("still here");
+    await ann.untilMessages(1);
+    expect(textsOf(ann.messages)).toEqual(["still here"]);
+  });
+
+  test("that only looks like one is understood: fragments with a ping between, UTF-8 cut in two, long forms of short lengths", async () => {
+    const { url } = await start();
+    const plain = await Raw.join(url, "/ws/", { plain: true });
+    const [first, ...rest] = Buffer.from("团队🙂");
+    plain.send(rawFrame(Buffer.from([first!]), 1, { fin: false }));
+    plain.send(rawFrame("between", 9));
+    for (const byte of rest) plain.send(rawFrame(Buffer.from([byte]), 0, { fin: false }));
+    plain.send(rawFrame("", 0));
+    plain.send(rawFrame("unasked", 10));
+    plain.send(Buffer.concat([Buffer.from([0x81, 0xff, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0]), Buffer.from("hi")]));
+    plain.send(rawFrame(""));
+    await plain.until("its texts", () => plain.frames.length >= 4);
+    expect(plain.frames.map(([opcode, payload]) => [opcode, payload.toString()])).toEqual([
+      [10, "between"],
+      [1, "团队🙂"],
+      [1, "hi"],
+      [1, ""],
+    ]);
+  });
+
+  test("never answered, half open or left in the middle leaves nothing behind when its connection goes", async () => {
+    const server = await spawnServer({});
+    const ann = await Client.join(server.url);
+    const descriptors = () => readdirSync(`/proc/${server.pid}/fd`).length;
+    const before = descriptors();
+    const raws = await Promise.all(Array.from({ length: 40 }, () => Raw.join(server.url, "/ws/?name=x")));
+    for (const [i, raw] of raws.entries()) {
+      if (i % 4 === 0) for (let k = 0; k < 12; k++) raw.send(rawFrame("bad"));
+      if (i % 4 === 1) raw.send(rawFrame("x".repeat(1000)).subarray(0, 500));
+      if (i % 4 === 2) raw.socket.end();
+      if (i % 4 === 3) raw.socket.resetAndDestroy();
+    }
+    await ann.settle();
+    for (const { socket } of raws) socket.destroy();
+    await eventually("that all are closed", () => descriptors() <= before);
+    await ann.until("that all have left", () => ann.all("presence").at(-1)?.count === 1);
+  });
+});
+
+describe("whatever a generator makes up", () => {
+  const SEED = Number(process.env.SEED ?? 20260101);
+  const TYPES = new Set(["hello", "messages", "page", "ack", "presence", "typing", "pong", "error"]);
+
+  /** What a client sees of the others must be well formed, whatever they send. */
+  const expectSound = (client: Client) => {
+    for (const frame of client.frames) expect(TYPES.has(frame.type)).toBe(true);
+    expectDense(client.messages);
+    for (const { seq, at, name, text, key, ...rest } of client.messages) {
+      expect([typeof seq, typeof at, typeof name, typeof text, rest]).toEqual([
+        "number",
+        "number",
+        "string",
+        "string",
+        {},
+      ]);
+      expect(name.isWellFormed() && text.isWellFormed() && name.trim() === name && [...name].length <= 32).toBe(true);
+      expect(Buffer.byteLength(text)).toBeLessThanOrEqual(16 * 1024);
+      if (key !== undefined) expect(key).toMatch(/^[\w-]{1,64}$/);
+    }
+  };
+
+  test("as JSON is answered or refused, and the others see only what is sound", async () => {
+    const server = await spawnServer({ CHAT_RATE: "0" });
+    const ann = await Client.join(server.url, { name: "Ann" });
+    const random = randomFrom(SEED);
+    const pick = <T>(from: readonly T[]): T => from[Math.floor(random() * from.length)] as T;
+    const strings = [
+      "",
+      "x",
+      " ",
+      "\0",
+      "\ud800",
+      "\udc00x",
+      "\ufeff",
+      "🙂",
+      "e\u0301",
+      "\u202e",
+      "__proto__",
+      "constructor",
+      "團".repeat(5462),
+      "a".repeat(70),
+      "ping",
+      "post",
+      "\u2028",
+      '"}',
+      "k1",
+    ];
+    const value = (): string =>
+      pick([
+        () => JSON.stringify(pick(strings)),
+        () =>
+          pick([
+            "0",
+            "-1",
+            "1e999",
+            "-0",
+            "1.5",
+            "9007199254740993",
+            "123456789012345678901234567890",
+            "1E+2",
+            "01",
+            "NaN",
+            "+1",
+          ]),
+        () =>
+          pick([
+            "null",
+            "true",
+            "false",
+            "{}",
+            "[]",
+            '{"type":"post"}',
+            '["post"]',
+            "[".repeat(3000) + "]".repeat(3000),
+            '{"__proto__":{"type":"ping"}}',
+          ]),
+        () => pick(['"\\ud83d"', '"\\u0000"', '"\\x"', '"\u0001"', '"unfinished', "'single'"]),
+      ])();
+    const fields = [
+      "type",
+      "key",
+      "text",
+      "before",
+      "name",
+      "__proto__",
+      "constructor",
+      "toString",
+      "extra",
+      "",
+      "Type",
+    ];
+    let keys = 0;
+    const valid = [
+      () => ({ type: '"post"', key: random() < 0.1 ? '"again"' : `"k${++keys}"`, text: JSON.stringify(pick(strings)) }),
+      () => ({ type: '"page"', before: `${Math.floor(random() * 100)}` }),
+      () => ({ type: '"name"', name: JSON.stringify(pick(strings)) }),
+      () => ({ type: '"typing"' }),
+      () => ({ type: '"ping"' }),
+    ];
+    const mutate = (): string => {
+      const entries: [string, string][] = Object.entries(pick(valid)());
+      for (let n = Math.floor(random() * 3); n > 0; n--) {
+        const what = random();
+        if (what < 0.4) pick(entries)[1] = value();
+        else if (what < 0.6) entries.push([pick(fields), value()]);
+        else if (what < 0.75 && entries.length > 1) entries.splice(Math.floor(random() * entries.length), 1);
+        else if (what < 0.9)
+          entries.unshift([...pick(entries)]); // a key twice
+        else pick(entries)[0] = pick(fields);
+      }
+      const space = () => (random() < 0.02 ? pick(["\ufeff", "\u00a0", "\0"]) : pick(["", "", " ", "\n\t"]));
+      let json = `${space()}{${entries.map(([name, each]) => `${JSON.stringify(name)}${space()}:${space()}${each}`).join(",")}}${space()}`;
+      if (random() < 0.05) json = json.slice(0, Math.floor(random() * json.length));
+      return json.toWellFormed();
+    };
+    let tried = 0;
+    for (let i = 0; i < 1000; i++) {
+      const client = await Client.connect(server.url, { name: pick(strings).slice(0, 40) });
+      for (let k = 0; k < 12; k++, tried++) client.send(mutate());
+      client.send({ type: "ping" });
+      await client.until("an answer", () => client.all("pong").length > 0 || client.ws.readyState >= WebSocket.CLOSING);
+      for (const frame of client.frames) expect(TYPES.has(frame.type)).toBe(true);
+      client.ws.close();
+    }
+    await ann.settle();
+    expectSound(ann);
+    expect(ann.messages.length).toBeGreaterThan(100);
+    expectSound(await Client.join(server.url, { name: "Bo" }));
+    expect(server.exitCode).toBe(null);
+    console.log(`The generator (seed ${SEED}) tried ${tried} JSON frames; ${ann.messages.length} were posts.`);
+  });
+
+  test("as bytes is answered with a Close or understood, and the others see only what is sound", async () => {
+    const server = await spawnServer({ CHAT_RATE: "0" });
+    const ann = await Client.join(server.url, { name: "Ann" });
+    const random = randomFrom(SEED + 1);
+    const int = (below: number) => Math.floor(random() * below);
+    const bytes = (length: number) => Buffer.from(Array.from({ length }, () => int(256)));
+    let tried = 0;
+    const memory = memoryOf(server.pid);
+    for (let round = 0; round < 100; round++) {
+      const one = async () => {
+        const plain = random() < 0.5;
+        const raw = await Raw.join(server.url, "/ws/", { plain });
+        for (let k = 1 + int(6); k > 0; k--, tried++) {
+          const payload =
+            random() < 0.3
+              ? bytes(int(200))
+              : Buffer.from(random() < 0.5 ? `{"type":"post","key":"r${tried}","text":"t"}` : "t".repeat(int(300)));
+          const opcode = random() < 0.7 ? 1 : int(16);
+          const frame = rawFrame(payload, opcode, {
+            fin: random() < 0.8,
+            mask: random() < 0.95,
+            rsv: random() < 0.05 ? int(8) : 0,
+          });
+          if (random() < 0.1) frame[int(Math.min(14, frame.length))] = int(256); // a bit of the header or the mask is another
+          if (random() < 0.1) raw.send(bytes(int(100)));
+          raw.send(random() < 0.1 ? frame.subarray(0, int(frame.length)) : frame);
+        }
+        if (random() < 0.5) raw.socket.end();
+        else raw.socket.resetAndDestroy();
+      };
+      await Promise.all(Array.from({ length: 20 }, () => one().catch(() => {}))); // an early end is an answer too
+      await ann.settle();
+    }
+    expectSound(ann);
+    expect(memoryOf(server.pid) - memory).toBeLessThan(64);
+    expect(server.exitCode).toBe(null);
+    console.log(`The generator (seed ${SEED}) tried ${tried} raw frames; ${ann.messages.length} were posts.`);
+  });
+});
+
+// ─── Hard days of an operator ────────────────────────────────────────────────────────────────────────────────────────
+
+/** A small file system of the test's own, or undefined where none may be mounted. */
+function mountTmpfs(size: string): string | undefined {
+  const folder = mkdtempSync(join(FOLDER, "tmpfs-"));
+  const mounted = Bun.spawnSync(["mount", "-t", "tmpfs", "-o", `size=${size}`, "tmpfs", folder]).exitCode === 0;
+  if (!mounted) return undefined;
+  started.push(() => Bun.spawnSync(["umount", "-l", folder]));
+  return folder;
+}
+
+const CAN_MOUNT =
+  process.platform === "linux" && process.getuid?.() === 0 && Bun.spawnSync(["unshare", "-m", "true"]).exitCode === 0;
+
+/** Starts a server with a limit of its own, in a process of its own. */
+async function spawnLimited(limit: string, env: Record<string, string>): Promise<ServerProcess> {
+  const command = `${limit}; exec "${process.execPath}" run "${SERVER}"`;
+  const server = Bun.spawn(["bash", "-c", command], {
+    env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
+    cwd: FOLDER,
+    stdin: "ignore",
+    stdout: "pipe",
+    stderr: "pipe",
+  }) as ServerProcess;
+  started.push(() => server.kill("SIGKILL"));
+  server.output = "";
+  (async () => {
+    for await (const chunk of server.stdout.pipeThrough(new TextDecoderStream())) server.output += chunk;
+  })();
+  const address = () => /open: (http\S+)\n/.exec(server.output)?.[1];
+  await eventually("the server's address", () => address() !== undefined);
+  server.url = address() as string;
+  return server;
+}
+
+describe("when the machine is at its end", () => {
+  test("of file descriptors: who is in goes on, who comes later gets in when some are free, and the operator is told", async () => {
+    const server = await spawnLimited("ulimit -n 64", { CHAT_DB: newFile() });
+    const errors = errorsOf(server);
+    const ann = await Client.join(server.url, { name: "Ann" });
+    const raws = await Promise.all(Array.from({ length: 150 }, () => Raw.open(server.url)));
+    await eventually("all are taken", () => readdirSync(`/proc/${server.pid}/fd`).length >= 64);
+    ann.post("still here");
+    await ann.untilMessages(1);
+    await eventually("a line for the operator", () => /descriptor|EMFILE/i.test(errors.text));
+    const late = Client.join(server.url, { name: "Bo" });
+    for (const { socket } of raws) socket.destroy();
+    const bo = await within(late, "a place");
+    expect(textsOf(bo.messages)).toEqual(["still here"]);
+    bo.post("me too");
+    expect(textsOf(await ann.untilMessages(2))).toEqual(["still here", "me too"]);
+    expect(server.exitCode).toBe(null);
+  });
+
+  test.skipIf(!CAN_MOUNT)(
+    "of disk: nothing is acked that is not stored, all is told, and it goes on by itself",
+    async () => {
+      const folder = mountTmpfs("2m") as string;
+      const db = join(folder, "chat.sqlite");
+      const server = await spawnServer({ CHAT_DB: db, CHAT_RATE: "0" });
+      const errors = errorsOf(server);
+      const [ann, bo] = [await Client.join(server.url), await Client.join(server.url)];
+      let sent = 0;
+      while (ann.ws.readyState === WebSocket.OPEN && sent < 400) {
+        ann.post("x".repeat(8000), `k${++sent}`);
+        if (sent % 10 === 0) await Promise.race([ann.settle().catch(() => {}), ann.closed]);
+      }
+      expect((await within(ann.closed, "the close")).code).toBe(1013);
+      expect(errors.text).toBe("The database cannot be written, posts are refused: database or disk is full\n");
+      await bo.settle(); // who only reads is not cut
+      const seen = bo.messages;
+      expectDense(seen);
+      Bun.spawnSync(["mount", "-o", "remount,size=32m", folder]);
+      const again = await Client.join(server.url);
+      again.post("room again");
+      await again.until("its post", () => again.messages.some(({ text }) => text === "room again"));
+      expect(errors.text).toEndWith("\nThe database can be written again.\n");
+      server.kill("SIGKILL");
+      await server.exited;
+      const stored = await readLog((await start({ db })).url);
+      expect(stored.slice(0, seen.length)).toEqual(seen);
+      expect(stored).toHaveLength(seen.length + 1);
+    },
+  );
+
+  const probe = newFile();
+  writeFileSync(probe, "");
+  const canFreeze = Bun.spawnSync(["chattr", "+i", probe]).exitCode === 0; // not for everyone, not on every file system
+  Bun.spawnSync(["chattr", "-i", probe]);
+
+  test.skipIf(!canFreeze)("of rights: a database that may only be read is refused in one line", async () => {
+    const file = newFile();
+    const chat = await start({ db: file });
+    await chat.stop();
+    Bun.spawnSync(["chattr", "+i", file]);
+    started.push(() => Bun.spawnSync(["chattr", "-i", file]));
+    const { code, said } = await failedStart({ CHAT_DB: file });
+    expect(code).toBe(1);
+    expect(said).toMatch(/^CHAT_DB=.+: the database cannot be opened and written: .+\n$/);
+  });
+
+  test("of patience: a second server on the same database is refused, by whatever path it comes", async () => {
+    const file = newFile();
+    const first = await spawnServer({ CHAT_DB: file });
+    const other = newFile();
+    symlinkSync(file, other);
+    const ann = await Client.join(first.url);
+    ann.post("mine");
+    await ann.untilMessages(1);
+    for (const path of [file, other, join(FOLDER, ".", "x", "..", basename(file))]) {
+      const { code, said } = await failedStart({ CHAT_DB: path });
+      expect([path, code]).toEqual([path, 1]);
+      expect(said).toContain("is a second server running?");
+    }
+    first.kill("SIGKILL");
+    await first.exited;
+    expect(textsOf(await readLog((await start({ db: file })).url))).toEqual(["mine"]); // a dead server's lock is none
+  });
+
+  test("of luck with the clock: set back an hour, seqs and order hold, sessions and rates work", async () => {
+    const chat = await start({ password: "sesame", rate: 100 });
+    const now = Date.now();
+    setSystemTime(new Date(now));
+    try {
+      const ann = await Client.join(chat.url, { headers: { Authorization: "Bearer sesame" } });
+      ann.post("before");
+      await ann.untilMessages(1);
+      setSystemTime(new Date(now - 3_600_000));
+      for (let i = 0; i < 20; i++) ann.post(`after ${i}`);
+      await ann.untilMessages(21);
+      expectDense(ann.messages);
+      const login = await fetch(chat.url, { method: "POST", body: new URLSearchParams({ password: "sesame" }) });
+      const cookie = login.headers.get("set-cookie")?.split(";")[0] as string;
+      setSystemTime(new Date(now));
+      await (await Client.join(chat.url, { headers: { Cookie: cookie } })).settle();
+    } finally {
+      setSystemTime();
+    }
+  });
+});
+
+describe("with a certificate", () => {
+  /** A new certificate in the files that the server reads. */
+  const certify = (name: string, into = name) => {
+    const [cert, key] = [join(FOLDER, `${into}.crt`), join(FOLDER, `${into}.key`)];
+    const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
+    const files = ["-keyout", key, "-out", cert, "-days", "2", "-subj", `/CN=${name}`];
+    expect(Bun.spawnSync(["openssl", "req", "-x509", ...curve, ...files]).exitCode).toBe(0);
+    return { cert, key, env: { TLS_CERT: cert, TLS_KEY: key } };
+  };
+  const tls = { rejectUnauthorized: false };
+  const open = (url: string) => {
+    const { promise, resolve, reject } = Promise.withResolvers<ReturnType<typeof connectTls>>();
+    const socket = connectTls({ port: Number(new URL(url).port), host: "127.0.0.1", ...tls }, () => resolve(socket));
+    socket.on("error", reject);
+    started.push(() => socket.destroy());
+    return within(promise, "a TLS connection");
+  };
+  const nameOf = async (url: string) => {
+    const socket = await open(url);
+    const name = socket.getPeerCertificate().subject.CN;
+    socket.destroy();
+    return name;
+  };
+  /** A chat.v1 client over TLS. */
+  const join2 = async (url: string, socket?: ReturnType<typeof connectTls>, name = "x") => {
+    const raw = socket ?? (await open(url));
+    const client = { text: "", closed: false, send: (frame: string) => raw.write(rawFrame(frame)) };
+    raw.on("data", (data) => (client.text += data));
+    raw.on("close", () => (client.closed = true));
+    raw.write(rawHandshake(`/ws/?name=${name}`));
+    await eventually("the hello", () => client.text.includes('"limits"'));
+    return client;
+  };
+
+  test("serves https and wss, and its cookie is Secure", async () => {
+    const { cert, key } = certify("one");
+    const { url } = await start({ tlsCert: cert, tlsKey: key, password: "sesame" });
+    expect(url).toStartWith("https://");
+    expect((await fetch(url, { tls })).status).toBe(200);
+    const login = await fetch(url, { method: "POST", body: new URLSearchParams({ password: "sesame" }), tls });
+    expect(login.headers.get("set-cookie")).toEndWith("; HttpOnly; SameSite=Strict; Secure");
+    const ws = new WebSocket(`${url.replace("http", "ws")}ws/`, {
+      protocols: ["chat.v1"],
+      headers: { Cookie: login.headers.get("set-cookie")?.split(";")[0] as string },
+      tls,
+    } as unknown as string);
+    const hello = Promise.withResolvers<string>();
+    ws.onmessage = ({ data }) => hello.resolve(data);
+    expect(await within(hello.promise, "the hello")).toStartWith('{"type":"hello"');
+    ws.close();
+  });
+
+  test("that is bad, missing, another's or alone does not start: one line, exit code 1", async () => {
+    const [one, two] = [certify("one"), certify("two")];
+    const cases: Record<string, string>[] = [
+      { TLS_CERT: one.cert, TLS_KEY: two.key },
+      { TLS_CERT: join(FOLDER, "none.crt"), TLS_KEY: one.key },
+      { TLS_CERT: one.cert, TLS_KEY: join(FOLDER, "none.key") },
+      { TLS_CERT: one.key, TLS_KEY: one.key },
+      { TLS_CERT: one.cert, TLS_KEY: one.cert },
+      { TLS_CERT: FOLDER, TLS_KEY: FOLDER },
+      { TLS_CERT: one.cert },
+      { TLS_KEY: one.key },
+    ];
+    const results = await Promise.all(cases.map((env) => failedStart(env)));
+    for (const { code, said } of results) {
+      expect(code).toBe(1);
+      expect(said).toMatch(/^TLS_CERT.* TLS_KEY.*: .+\n$/);
+    }
+  });
+
+  test("that is renewed is taken up on SIGHUP: nobody is cut, kept waiting or deaf; a bad one is told and not taken", async () => {
+    const files = certify("one", "live");
+    const server = await spawnServer({ ...files.env, CHAT_RATE: "0" });
+    const errors = errorsOf(server);
+    const ann = await join2(server.url, undefined, "Ann");
+    const idle = await open(server.url); // connected before, a client only afterwards
+    expect(await nameOf(server.url)).toBe("one");
+    certify("two", "live");
+    server.kill("SIGHUP");
+    await eventually("the new certificate", async () => (await nameOf(server.url).catch(() => "")) === "two");
+    const bo = await join2(server.url, undefined, "Bo");
+    const cy = await join2(server.url, idle, "Cy");
+    bo.send('{"type":"post","key":"k1","text":"to all"}');
+    ann.send('{"type":"typing"}');
+    for (const client of [ann, bo, cy]) await eventually("the post", () => client.text.includes('"to all"'));
+    for (const client of [bo, cy]) await eventually("the typing", () => client.text.includes('"typing","name":"Ann"'));
+    copyFileSync(certify("three").key, files.key); // the key of another certificate
+    server.kill("SIGHUP");
+    await eventually("a line", () => /^The TLS files stay as they were\. .+another certificate\n/.test(errors.text));
+    writeFileSync(files.cert, "no certificate");
+    server.kill("SIGHUP");
+    await eventually("another line", () => errors.text.trim().split("\n").length === 2);
+    expect(await nameOf(server.url)).toBe("two");
+    expect([ann.closed, bo.closed, cy.closed]).toEqual([false, false, false]);
+    server.kill("SIGTERM");
+    expect(await within(server.exited, "the end")).toBe(0);
+    await eventually("the close", () => ann.closed && bo.closed && cy.closed);
+  });
+
+  test("that is renewed while a connection has yet to become a socket does not leave it deaf", async () => {
+    const files = certify("one", "deaf");
+    const server = await spawnServer(files.env);
+    const idle = await open(server.url);
+    certify("two", "deaf");
+    server.kill("SIGHUP");
+    await eventually("the new certificate", async () => (await nameOf(server.url).catch(() => "")) === "two");
+    const ann = await join2(server.url, idle, "Ann");
+    ann.send('{"type":"post","key":"k1","text":"does anybody hear me?"}');
+    await eventually("its own post", () => ann.closed || ann.text.includes('"does anybody hear me?"')); // cut would be fine: it comes again
+  });
+});
+
+describe("the end of a server", () => {
+  test("under full load loses nothing that anyone saw; the next one on its port takes over and all resume", async () => {
+    const [db, port] = [newFile(), await freePort()];
+    const env = { CHAT_DB: db, PORT: `${port}`, CHAT_RATE: "0", CHAT_HISTORY: "1000000" };
+    const first = await spawnServer(env);
+    const talkers = await Promise.all(Array.from({ length: 10 }, () => Client.join(first.url)));
+    const { epoch } = await talkers[0]!.first("hello");
+    let sent = 0;
+    const talk = setInterval(() => {
+      for (const talker of talkers) if (talker.ws.readyState === WebSocket.OPEN) talker.post(`m${sent++}`);
+    }, 0);
+    await talkers[0]!.untilMessages(500);
+    first.kill("SIGTERM");
+    const codes = await Promise.all(talkers.map(async ({ closed }) => (await within(closed, "the close")).code));
+    clearInterval(talk);
+    expect(new Set(codes)).toEqual(new Set([1001]));
+    expect(await within(first.exited, "the end")).toBe(0);
+    const second = await spawnServer(env);
+    const back = await Promise.all(
+      talkers.map(({ messages }) => Client.join(second.url, { epoch, after: messages.length })),
+    );
+    const log = await readLog(second.url);
+    expectDense(log);
+    for (const [i, talker] of talkers.entries()) {
+      const hello = await back[i]!.first("hello");
+      expect(hello.resumed).toBe(true);
+      expect([...talker.messages, ...hello.messages]).toEqual(log);
+    }
+  });
+
+  test("brings everyone back at once: five hundred resume, each from their own place, within a few seconds", async () => {
+    const server = await spawnServer({ CHAT_RATE: "0" });
+    const ann = await Client.join(server.url);
+    const { epoch } = await ann.first("hello");
+    for (let i = 0; i < 500; i++) ann.post(`m${i}`);
+    await ann.untilMessages(500);
+    const hellos = await Promise.all(
+      Array.from({ length: 500 }, async (_, after) => (await Client.join(server.url, { epoch, after })).first("hello")),
+    );
+    for (const [after, { resumed, messages, last }] of hellos.entries()) {
+      expect([resumed, messages[0]?.seq, messages.length]).toEqual([true, after + 1, last - after]);
+    }
+  });
+});
+
 // ─── Many servers, one chat ──────────────────────────────────────────────────────────────────────────────────────────
 
 /** A Redis for one test, that it may do anything to. */
@@ -2487,7 +3756,7 @@ describe("the command line", () => {
     expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
     const help = await run({}, ["--help"]);
     expect([help.code, help.out]).toEqual([0, expect.stringContaining("export")]);
-    const source = await Bun.file(join(import.meta.dir, "server.ts")).text();
+    const source = await Bun.file(SERVER).text();
     for (const [, variable] of source.matchAll(/env\.([A-Z_]+)/g)) expect(help.out).toContain(variable as string);
     const said = "expotr: no such command; --help lists them.\n";
     expect(await run({}, ["expotr"])).toEqual({ code: 1, out: "", said });
@@ -2495,7 +3764,7 @@ describe("the command line", () => {
 
   test("builds one executable that serves the chat from an empty folder", async () => {
     const file = join(FOLDER, "executable", "chat");
-    const build = ["build", "--compile", join(import.meta.dir, "server.ts"), "--outfile", file];
+    const build = ["build", "--compile", SERVER, "--outfile", file];
     expect(Bun.spawnSync([process.execPath, ...build]).exitCode).toBe(0);
     const server = Bun.spawn([file], {
       cwd: join(FOLDER, "executable"),

@@ -23,7 +23,7 @@
  */
 import { Database, type Statement } from "bun:sqlite";
 import { createHmac, createPrivateKey, scryptSync, timingSafeEqual, X509Certificate } from "node:crypto";
-import { readFileSync } from "node:fs";
+import { closeSync, existsSync, openSync, readFileSync, realpathSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
@@ -63,8 +63,8 @@ const QUEUE_BYTES = 1024 * 1024;
 const QUEUE_FRAME_BYTES = 64;
 /** Bytes in all the queues that people left behind when they closed: past that, what they sent too fast is dropped. */
 const LEFT_BYTES = 16 * 1024 * 1024;
-/** Bytes that the server buffers for a reader that does not read. The frame that passes it is at most 256 KiB more. */
-const BACKPRESSURE_BYTES = 768 * 1024;
+/** Bytes that the server buffers for a reader that does not read. With the frame that passes it, that is 1 MiB at most. */
+const BACKPRESSURE_BYTES = 512 * 1024;
 /** Seconds of silence after which a socket is dead. Bun pings before that; under 60 s, so that proxies see traffic. */
 const IDLE_SECONDS = 50;
 /** Milliseconds for which posts are gathered under load: not to be seen, and it saves a system call for every socket and message. */
@@ -327,7 +327,7 @@ function readOrigins(list: string): readonly string[] {
     if (entry === "*") return entry;
     const url = URL.parse(entry.includes("://") ? entry : `http://${entry}`);
     const bare = url && /^https?:$/.test(url.protocol) && `${url.pathname}${url.search}${url.hash}` === "/";
-    if (bare) return entry.includes("://") ? url.origin : url.host;
+    if (bare) return entry.includes("://") ? url.origin : entry;
     throw new StartError(
       `CHAT_ORIGINS=${list}: must be origins (https://a.example) or hosts, separated by commas, or *.`,
     );
@@ -450,7 +450,7 @@ function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
   let bytes = 0;
   for (const each of newestFirst) {
-    bytes += Buffer.byteLength(each.text);
+    bytes += Buffer.byteLength(JSON.stringify(each.text)) - 2; // as it is sent: a control character takes six bytes
     if (bytes > PAGE_BYTES && messages.length > 0) break;
     messages.push(each);
   }
@@ -708,7 +708,7 @@ function newEpoch(): string {
 function openLocked({ db: path, sync }: Config): { db: Database; lock: Database | undefined } {
   let lock: Database | undefined;
   try {
-    lock = path === ":memory:" ? undefined : lockDatabase(`${path}-lock`);
+    lock = path === ":memory:" ? undefined : lockDatabase(`${existsSync(path) ? realpathSync(path) : path}-lock`);
     return { db: openDatabase(path, sync), lock };
   } catch (error) {
     lock?.close();
@@ -1264,6 +1264,8 @@ interface Resume {
 class Member {
   /** Set when the socket opens. */
   ws!: Socket;
+  /** The one that took it in. */
+  server!: Bun.Server<Member>;
   room!: Room;
   /** Whether the hello was sent and messages arrive; frames that come before that wait in the queue. */
   joined = false;
@@ -1318,6 +1320,8 @@ class Room {
   last = 0;
   /** The hellos as they are now, by the `after` they answer: made once for each change, not once for each join. */
   readonly hellos = new Map<number, Promise<string>>();
+  /** Their size, in UTF-16 units. */
+  hellosLength = 0;
   /** What was delivered since somebody who is joining began to read the log. */
   readonly joining = new Set<Message[]>();
   /** The last presence frame, when it went out, and the timer for the next. */
@@ -1332,8 +1336,8 @@ class Room {
 }
 
 const PONG = encode({ type: "pong" });
-/** Hellos that are kept ready for one room: after an outage nearly all who come back ask for the same few. */
-const MAX_HELLOS = 16;
+/** Size of the hellos that are kept ready for one room: enough for those who come back together after an outage. */
+const MAX_HELLOS_LENGTH = 8 * 1024 * 1024;
 /** The key in {@link Room.hellos} of the hello for those who start afresh. */
 const AFRESH = -1;
 
@@ -1350,7 +1354,7 @@ class Rooms implements BrokerEvents {
     readonly config: Config,
     readonly log: Log,
     /** Sends a frame to every socket that subscribed to a topic. */
-    readonly publish: (topic: string, frame: string) => void,
+    readonly publish: (topic: string, frame: string, except?: Member) => void,
   ) {}
 
   // ── In ──
@@ -1422,11 +1426,19 @@ class Rooms implements BrokerEvents {
     const after = resumable ? resume.after : AFRESH;
     let hello = room.hellos.get(after);
     if (!hello) {
-      if (room.hellos.size >= MAX_HELLOS) room.hellos.clear();
+      if (room.hellosLength > MAX_HELLOS_LENGTH) this.#forgetHellos(room);
       room.hellos.set(after, (hello = this.#makeHello(room, first, room.last, after)));
-      hello.catch(() => room.hellos.clear()); // the next who joins reads again
+      hello.then(
+        ({ length }) => (room.hellosLength += length),
+        () => this.#forgetHellos(room), // the next who joins reads again
+      );
     }
     return hello;
+  }
+
+  #forgetHellos(room: Room): void {
+    room.hellos.clear();
+    room.hellosLength = 0;
   }
 
   async #makeHello(room: Room, first: number, last: number, after: number): Promise<string> {
@@ -1558,8 +1570,7 @@ class Rooms implements BrokerEvents {
     const now = performance.now();
     if (now - member.typedAt < TYPING_MS) return;
     member.typedAt = now;
-    // The one place for `ws.publish`: it leaves out the sender, as is right here.
-    member.ws.publish(member.room.chatTopic, encode({ type: "typing", name: member.name }));
+    this.publish(member.room.chatTopic, encode({ type: "typing", name: member.name }), member);
     this.broker.typing(member.room.name, member.name);
   }
 
@@ -1578,7 +1589,7 @@ class Rooms implements BrokerEvents {
     const room = this.#rooms.get(name);
     if (!room) return;
     room.last += messages.length;
-    room.hellos.clear();
+    this.#forgetHellos(room);
     for (const missed of room.joining) missed.push(...messages);
     // RULE 1: still the same tick as the commit. `publish` says how the slowest reader did: nothing to act on.
     if (room.chatCount > 0) this.publish(room.chatTopic, messagesFrame(messages));
@@ -1704,7 +1715,9 @@ function badName(): FrameError {
 }
 
 function queueCost(frame: ClientFrame): number {
-  return QUEUE_FRAME_BYTES + (frame.type === "post" ? frame.text.length : 0);
+  // All its strings: a key or a name that is too long is refused only when its turn comes.
+  if (frame.type === "post") return QUEUE_FRAME_BYTES + frame.text.length + (frame.key?.length ?? 0);
+  return QUEUE_FRAME_BYTES + (frame.type === "name" ? frame.name.length : 0);
 }
 
 function describe(room: Room): string {
@@ -1719,8 +1732,8 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
   if (origin === null || allowed.includes("*")) return true;
   const url = URL.parse(origin);
   if (!url) return false; // "null": a sandboxed frame or a local file
-  const own = URL.parse(`${url.protocol}//${headers.get("host")}`);
-  return url.host === own?.host || allowed.includes(url.origin) || allowed.includes(url.host);
+  const isHost = (host: string | null) => URL.parse(`${url.protocol}//${host}`)?.host === url.host;
+  return isHost(headers.get("host")) || allowed.some((entry) => entry === url.origin || isHost(entry));
 }
 
 /** The address that a request comes from, seen past as many proxies as are trusted. */
@@ -1733,7 +1746,9 @@ function addressOf(request: Request, server: Bun.Server<Member>, proxies: number
       .get("x-forwarded-for")
       ?.split(",")
       .map((address) => address.trim()) ?? [];
-  return forwarded[Math.max(0, forwarded.length - proxies)] || socket;
+  // Some proxies add the port too: another for each connection.
+  const address = forwarded[Math.max(0, forwarded.length - proxies)] ?? "";
+  return /^(?:\[(.+)\]|([\d.]+))(?::\d+)?$/.exec(address)?.slice(1).find(Boolean) ?? (address || socket);
 }
 
 /** Wrong passwords from one address. */
@@ -1851,10 +1866,14 @@ export interface Chat {
 export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
   const config: Config = Object.freeze({ ...readConfig({}), ...overrides });
   const log = makeLog(config.logLevel);
-  // More than one only after `reloadTls`: until the last socket of an old one has closed, messages go out through it too.
-  let servers: Bun.Server<Member>[] = [];
-  const rooms = new Rooms(config, log, (topic, frame) => {
-    for (const server of servers) server.publish(topic, frame, false);
+  // More than one only after `reloadTls`. None is ever dropped: a connection that it had accepted may still become a socket.
+  const servers: Bun.Server<Member>[] = [];
+  const rooms = new Rooms(config, log, (topic, frame, except) => {
+    for (const server of servers) {
+      if (server === except?.server)
+        except.ws.publish(topic, frame, false); // leaves out the sender
+      else server.publish(topic, frame, false);
+    }
   });
   const broker = config.redisUrl === "" ? new SqliteBroker(config, rooms, log) : new RedisBroker(config, rooms, log);
   rooms.broker = broker;
@@ -1867,16 +1886,17 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     throw error;
   }
   const { port } = servers[0] as Bun.Server<Member>;
+  const watch = watchDescriptors(log);
   const reloadTls = () => {
     // A server on another port tries the new files first: if they are bad, nothing has happened.
     void listen({ ...config, port: 0, host: "127.0.0.1" }, handlers).stop(true);
     for (const server of servers) void server.stop(); // accepts no more; its sockets live on
-    servers = servers.filter((server) => server.pendingWebSockets > 0);
     servers.push(listen({ ...config, port: port as number }, handlers));
   };
   const stop = async () => {
     const closed = Promise.all(servers.map((server) => server.stop()));
     rooms.stopping = true;
+    clearInterval(watch);
     await broker.stop();
     rooms.closeAll();
     await Promise.race([closed, Bun.sleep(STOP_MS)]);
@@ -1888,6 +1908,23 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   return { url, reloadTls, stop: () => (stopped ??= stop()) };
 }
 
+/** Says when no file descriptor is free: nobody else can connect then, and Bun does not tell. */
+function watchDescriptors(log: Log): Timer {
+  let exhausted = false;
+  return setInterval(() => {
+    const before = exhausted;
+    try {
+      closeSync(openSync("/dev/null", "r"));
+      exhausted = false;
+    } catch (error) {
+      exhausted = /^E[MN]FILE$/.test((error as { code?: string }).code ?? "");
+    }
+    if (exhausted && !before)
+      log("error", "No file descriptor is free, nobody else can connect: raise the limit (ulimit -n, LimitNOFILE).");
+    if (!exhausted && before) log("error", "File descriptors are free again.");
+  }, 1000);
+}
+
 type Handlers = ReturnType<typeof makeHandlers>;
 
 /** What the server does with requests and sockets. */
@@ -1896,7 +1933,9 @@ function makeHandlers(config: Config, rooms: Rooms, log: Log) {
   const access = new Access(config);
   return {
     fetch: (request: Request, server: Bun.Server<Member>) => {
-      const { pathname } = new URL(request.url);
+      const url = URL.parse(request.url);
+      if (!url) return refuse(400, "The Host is none.");
+      const { pathname } = url;
       if (pathname.startsWith("/ws/")) return handshake(request, pathname, server, config, access);
       if (request.method === "POST" && config.password !== "") return access.login(request, server);
       return page.answer(request);
@@ -2011,6 +2050,7 @@ function handshake(
     resume,
     config.rate * BURST_SECONDS,
   );
+  data.server = server;
   data.lockedOut = refused !== undefined;
   // A client that offers a subprotocol and is answered none closes the connection: RFC 6455 section 4.1, step 6.
   if (server.upgrade(request, { data, headers: chat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} })) return undefined;
