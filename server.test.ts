@@ -2734,6 +2734,12 @@ async function spawnServers(count: number, url: string, env: Record<string, stri
   return Promise.all(Array.from({ length: count }, () => spawnServer({ REDIS_URL: url, CHAT_RATE: "0", ...env })));
 }
 
+/** The same where none of them is killed: the first one in this process, so that it counts for the coverage. */
+async function startServers(count: number, url: string, env: Record<string, string> = {}): Promise<{ url: string }[]> {
+  const config = readConfig({ REDIS_URL: url, CHAT_RATE: "0", ...env });
+  return Promise.all([start({ ...config, port: 0, logLevel: "silent" }), ...(await spawnServers(count - 1, url, env))]);
+}
+
 const REST_MS = 15;
 
 /**
@@ -2919,10 +2925,10 @@ async function expectOneChat(all: Mover[], servers: { url: string }[], room = ""
 describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
   test("forty clients of both dialects over three servers see the same messages in the same order", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
+    const servers = await startServers(3, redis.url);
     const clients = await Promise.all(
       Array.from({ length: 40 }, (_, i) =>
-        Client.join((servers[i % 3] as ServerProcess).url, { name: `c${i}`, plain: i % 4 === 3 }),
+        Client.join((servers[i % 3] as { url: string }).url, { name: `c${i}`, plain: i % 4 === 3 }),
       ),
     );
     for (let round = 0; round < 25; round++) {
@@ -2952,7 +2958,7 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
 
   test("a client goes from server to server and misses nothing, and never has to start afresh", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
+    const servers = await startServers(3, redis.url);
     const all = movers(9, servers);
     const random = randomFrom(3);
     for (let cut = 0; cut < 60; cut++) {
@@ -2967,7 +2973,7 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
 
   test("a post sent again on another server is acked with its seq, not stored again", async () => {
     const redis = await ownRedis();
-    const [one, other] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const [one, other] = (await startServers(2, redis.url)) as [{ url: string }, { url: string }];
     const ann = await Client.join(one.url);
     ann.post("hi", "k1");
     await ann.untilMessages(1);
@@ -2981,7 +2987,7 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
 
   test("the same post sent on two servers at once is stored once", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(2, redis.url);
+    const servers = await startServers(2, redis.url);
     const clients = await Promise.all(servers.map(({ url }) => Client.join(url)));
     for (let i = 0; i < 100; i++) for (const client of clients) client.post(`m${i}`);
     for (const client of clients) client.post("end", `end-${clients.indexOf(client)}`);
@@ -3013,7 +3019,7 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
 
   test("every text comes back as it was sent, from the room and from the log", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(2, redis.url);
+    const servers = await startServers(2, redis.url);
     const [ann, bo] = (await Promise.all(servers.map(({ url }) => Client.join(url, { plain: true })))) as [
       Client,
       Client,
@@ -3041,9 +3047,9 @@ describe.skipIf(!REDIS_SERVER)("resume on a server that is behind", () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
     const [one, other] = [
-      ...(await spawnServers(1, redis.url)),
-      ...(await spawnServers(1, `redis://${wire.address}`)),
-    ] as [ServerProcess, ServerProcess];
+      ...(await startServers(1, redis.url)),
+      ...(await startServers(1, `redis://${wire.address}`)),
+    ] as [{ url: string }, { url: string }];
     const bo = await Client.join(other.url, { name: "Bo" });
     const ann = await Client.join(one.url, { name: "Ann" });
     ann.post("one");
@@ -3099,11 +3105,11 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
 
   test("passes typing on to the other servers, never back to who types", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(2, redis.url);
+    const servers = await startServers(2, redis.url);
     const [ann, bo, cy] = [
-      await Client.join((servers[0] as ServerProcess).url, { name: "Ann" }),
-      await Client.join((servers[0] as ServerProcess).url, { name: "Bo" }),
-      await Client.join((servers[1] as ServerProcess).url, { name: "Cy" }),
+      await Client.join((servers[0] as { url: string }).url, { name: "Ann" }),
+      await Client.join((servers[0] as { url: string }).url, { name: "Bo" }),
+      await Client.join((servers[1] as { url: string }).url, { name: "Cy" }),
     ];
     for (const client of [ann, bo, cy]) await sees(client, 3, "Ann", "Bo", "Cy"); // the servers know of each other
     ann.send({ type: "typing" });
@@ -3116,7 +3122,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
 
   test("is right again after people were sent away and came back", async () => {
     const redis = await ownRedis();
-    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const [one, two] = (await startServers(2, redis.url)) as [{ url: string }, { url: string }];
     const ann = await Client.join(one.url, { name: "Ann" });
     const bo = await Client.join(two.url, { name: "Bo" });
     await sees(bo, 2, "Ann", "Bo");
@@ -3142,7 +3148,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
 
   test("is right again after Redis could not be written for a moment", async () => {
     const redis = await ownRedis();
-    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const [one, two] = (await startServers(2, redis.url)) as [{ url: string }, { url: string }];
     const ann = await Client.join(one.url, { name: "Ann" });
     const bo = await Client.join(two.url, { name: "Bo" });
     for (const client of [ann, bo]) await sees(client, 2, "Ann", "Bo");
@@ -3212,7 +3218,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("the connections between one server and Redis cut, again and again", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, `redis://${wire.address}`))];
+    const servers = [...(await startServers(2, redis.url)), ...(await startServers(1, `redis://${wire.address}`))];
     const all = movers(12, servers);
     for (let cut = 0; cut < 10; cut++) {
       await allTalk(all, 3);
@@ -3226,9 +3232,9 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("the connections between one server and Redis silent: nobody stays on the deaf server, and it hears again", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, `redis://${wire.address}`))];
+    const servers = [...(await startServers(2, redis.url)), ...(await startServers(1, `redis://${wire.address}`))];
     const all = movers(6, servers);
-    const listener = await Client.join((servers[2] as ServerProcess).url);
+    const listener = await Client.join((servers[2] as { url: string }).url);
     await allTalk(all, 10);
     wire.silence();
     expect((await within(listener.closed, "the close")).code).toBe(1013);
@@ -3237,7 +3243,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     const back = async () => {
       // Until the server takes people in again: it says so by a hello.
       for (;;) {
-        const client = await Client.connect((servers[2] as ServerProcess).url, {});
+        const client = await Client.connect((servers[2] as { url: string }).url, {});
         if (await client.first("hello").catch(() => undefined)) return client;
         await Bun.sleep(10);
       }
@@ -3251,7 +3257,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("the connections between one server and Redis silent for a moment, then dropped", async () => {
     const redis = await ownRedis();
     const wire = await Wire.to(redis);
-    const servers = [...(await spawnServers(2, redis.url)), ...(await spawnServers(1, `redis://${wire.address}`))];
+    const servers = [...(await startServers(2, redis.url)), ...(await startServers(1, `redis://${wire.address}`))];
     const all = movers(9, servers);
     for (let moment = 0; moment < 3; moment++) {
       await allTalk(all, 5);
@@ -3287,7 +3293,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
 
   test("FLUSHALL under everyone's feet: a new epoch, and everyone starts afresh, in quiet rooms too", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
+    const servers = await startServers(3, redis.url);
     const all = movers(9, servers);
     const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
     quiet[0]?.post("in the old log");
@@ -3323,7 +3329,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
 
   test("Redis that takes no writes: nothing is acked, nobody hangs, and it goes on when it does again", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
+    const servers = await startServers(3, redis.url);
     const all = movers(9, servers);
     const { port } = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } }); // a master that says nothing
     const refusals = [
@@ -3353,7 +3359,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
 
   test("a hello that could not be read once is read again for the next who joins", async () => {
     const redis = await ownRedis();
-    const [{ url }] = (await spawnServers(1, redis.url)) as [ServerProcess];
+    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
     const ann = await Client.join(url);
     ann.post("hi");
     await ann.untilMessages(1);
@@ -3378,7 +3384,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
 
   test("SCRIPT FLUSH is not noticed", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(2, redis.url);
+    const servers = await startServers(2, redis.url);
     const all = movers(4, servers);
     for (let flush = 0; flush < 5; flush++) {
       await allTalk(all, 3);
@@ -3455,7 +3461,7 @@ describe.skipIf(!REDIS_SERVER)("a room that nobody uses", () => {
       ["7", 7 * 86400 - 60, 7 * 86400],
       ["0", -1, -1],
     ] as const) {
-      const [{ url }] = (await spawnServers(1, redis.url, { CHAT_IDLE_DAYS: days })) as [ServerProcess];
+      const [{ url }] = (await startServers(1, redis.url, { CHAT_IDLE_DAYS: days })) as [{ url: string }];
       const ann = await Client.join(url, { room: days });
       ann.post("hi");
       await ann.untilMessages(1);
@@ -3468,7 +3474,7 @@ describe.skipIf(!REDIS_SERVER)("a room that nobody uses", () => {
 
   test("that was only visited leaves one key that expires, and none of who was there", async () => {
     const redis = await ownRedis();
-    const [one] = (await spawnServers(1, redis.url, { CHAT_IDLE_DAYS: "0" })) as [ServerProcess];
+    const [one] = (await startServers(1, redis.url, { CHAT_IDLE_DAYS: "0" })) as [{ url: string }];
     const ann = await Client.join(one.url, { room: "r" });
     await ann.first("presence");
     await ann.leave();
@@ -3485,7 +3491,7 @@ describe.skipIf(!REDIS_SERVER)("a room that nobody uses", () => {
 
   test("keeps exactly CHAT_HISTORY messages for its clients, and not many more in Redis, nor keys", async () => {
     const redis = await ownRedis();
-    const servers = await spawnServers(2, redis.url, { CHAT_HISTORY: "150" });
+    const servers = await startServers(2, redis.url, { CHAT_HISTORY: "150" });
     const [ann, bo] = (await Promise.all(servers.map(({ url }) => Client.join(url)))) as [Client, Client];
     for (let i = 1; i <= 1170; i++) ann.post(`m${i}`);
     await ann.untilMessages(1170);
@@ -3554,7 +3560,7 @@ describe.skipIf(!REDIS_SERVER)("many servers", () => {
 
   test("the posts of a tick cost one round trip, and another server one read for many messages", async () => {
     const redis = await ownRedis();
-    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const [one, two] = (await startServers(2, redis.url)) as [{ url: string }, { url: string }];
     const clients = await Promise.all(Array.from({ length: 20 }, () => Client.join(one.url)));
     const bo = await Client.join(two.url);
     const calls = async (command: string) => {
