@@ -1,6 +1,7 @@
 /// <reference types="bun-types" />
 /**
- * A chat server in one file. It is meant to be read from top to bottom, in the order in which a message passes through:
+ * A chat server in one file, to be read from top to bottom: limits, protocol, configuration; the brokers, which store;
+ * the rooms, which a message passes through; access, server, export and import, main. The way of a message:
  *
  *    socket ── text frame ──▶ receive     parses the frame, in the socket's dialect            Rooms.receive
  *                                │
@@ -47,7 +48,10 @@ const PAGE_MESSAGES = 100;
 const RESUME_MESSAGES = 1000;
 /** Milliseconds that somebody who has seen more than this server waits for it to catch up, before they start afresh. */
 const BEHIND_MS = 1000;
-/** Bytes of text in one page or `hello`: far enough below {@link BACKPRESSURE_BYTES} that a slow phone is not cut for it. */
+/**
+ * Bytes of text in one page or `hello`, as JSON escapes it: far enough below
+ * {@link BACKPRESSURE_BYTES} that a slow phone is not cut for it.
+ */
 const PAGE_BYTES = 256 * 1024;
 /** Names in one presence frame; the count is always exact. */
 const PRESENCE_NAMES = 100;
@@ -59,7 +63,7 @@ const TYPING_MS = 2000;
 const BURST_SECONDS = 10;
 /** Bytes that may wait in one sender's queue before its socket is read no further. */
 const QUEUE_BYTES = 1024 * 1024;
-/** Bytes that a queued frame takes beside its text: so that many tiny frames are bounded too. */
+/** Bytes that a queued frame takes beside its strings: so that many tiny frames are bounded too. */
 const QUEUE_FRAME_BYTES = 64;
 /** Bytes in all the queues that people left behind when they closed: past that, what they sent too fast is dropped. */
 const LEFT_BYTES = 16 * 1024 * 1024;
@@ -67,17 +71,21 @@ const LEFT_BYTES = 16 * 1024 * 1024;
 const BACKPRESSURE_BYTES = 512 * 1024;
 /** Seconds of silence after which a socket is dead. Bun pings before that; under 60 s, so that proxies see traffic. */
 const IDLE_SECONDS = 50;
-/** Milliseconds for which posts are gathered under load: not to be seen, and it saves a system call for every socket and message. */
+/**
+ * Milliseconds for which posts are gathered under load: not to be seen, and it saves a system call for every socket and
+ * message. Whatever is done step by step beside the posts, or looks again and again, leaves them this time between.
+ */
 const GATHER_MS = 6;
-/** Posts, and bytes of text, that end the gathering at once. */
+/** Posts, and characters (UTF-16 units) of text, that end the gathering at once. */
 const GATHER_POSTS = 32;
-const GATHER_BYTES = 64 * 1024;
+const GATHER_CHARACTERS = 64 * 1024;
 /** Messages that one step of trimming deletes, so that it never holds up a post for long. */
 const TRIM_MESSAGES = 1000;
 /** Bytes of a request's body: a password and no more. */
 const MAX_BODY = 4096;
+const DAY_SECONDS = 24 * 60 * 60;
 /** Seconds for which a session cookie is good. */
-const SESSION_SECONDS = 30 * 24 * 60 * 60;
+const SESSION_SECONDS = 30 * DAY_SECONDS;
 /** Wrong passwords from one address that cost nothing; each one more doubles the wait, from one second up to a minute. */
 const FREE_TRIES = 5;
 const MAX_WAIT_SECONDS = 60;
@@ -85,7 +93,7 @@ const MAX_WAIT_SECONDS = 60;
 const MAX_ADDRESSES = 10_000;
 const FORGET_SECONDS = 15 * 60;
 /** Milliseconds between two looks for rooms that are to be forgotten. */
-const EXPIRE_MS = 24 * 60 * 60 * 1000;
+const EXPIRE_MS = DAY_SECONDS * 1000;
 /** Milliseconds that `stop` waits for clients to answer its Close frame. */
 const STOP_MS = 2000;
 
@@ -198,13 +206,8 @@ function parseFrame(data: string): ClientFrame | FrameError {
 }
 
 /** A message, built field by field, so that all have one shape and a plain one has no `key`. */
-function message(seq: number, at: number, name: string, text: string, key: string | null | undefined): Message {
+function makeMessage(seq: number, at: number, name: string, text: string, key: string | null | undefined): Message {
   return key ? { seq, at, name, text, key } : { seq, at, name, text };
-}
-
-/** The frame that carries messages to every `chat.v1` socket of a room. */
-function messagesFrame(messages: Message[]): string {
-  return encode({ type: "messages", messages });
 }
 
 function encode(frame: ServerFrame): string {
@@ -296,6 +299,9 @@ function oneOf<T extends string>(variable: string, value: string, allowed: reado
  * @throws StartError that names the variable, its value and what is allowed
  */
 export function readConfig(env: Record<string, string | undefined>): Config {
+  if (env.REUSE_PORT === "1" && !env.REDIS_URL) {
+    throw new StartError("REUSE_PORT=1: needs REDIS_URL, so that all servers on the port are one chat.");
+  }
   if (!env.TLS_CERT !== !env.TLS_KEY) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
   return Object.freeze<Config>({
     port: wholeNumber("PORT", env.PORT || "8080", 0, 65535),
@@ -334,10 +340,10 @@ function readOrigins(list: string): readonly string[] {
   });
 }
 
-type Log = (level: "error" | "info" | "debug", line: string) => void;
+type Logger = (level: "error" | "info" | "debug", line: string) => void;
 
-/** A log that prints lines up to a level: errors to standard error, the rest to standard output. */
-function makeLog(upTo: Config["logLevel"]): Log {
+/** Prints lines up to a level: errors to standard error, the rest to standard output. */
+function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
     if (level === "error") console.error(line);
@@ -413,7 +419,7 @@ interface BrokerEvents {
 /** Collects posts to be stored together: those of one tick of the event loop, and under load those of {@link GATHER_MS}. */
 class Gatherer {
   #posts: Post[] = [];
-  #bytes = 0;
+  #characters = 0;
   #timer: Timer | undefined;
   #immediate: ReturnType<typeof setImmediate> | undefined;
   /** When posts were last handed on, on the monotonic clock. */
@@ -423,8 +429,8 @@ class Gatherer {
 
   add(post: Post): void {
     this.#posts.push(post);
-    this.#bytes += post.text.length;
-    if (this.#posts.length >= GATHER_POSTS || this.#bytes >= GATHER_BYTES) return this.flush();
+    this.#characters += post.text.length;
+    if (this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS) return this.flush();
     if (this.#timer || this.#immediate) return;
     // After a quiet moment a post waits only for the end of this tick.
     const quiet = performance.now() - this.#flushedAt;
@@ -439,7 +445,7 @@ class Gatherer {
     const posts = this.#posts;
     if (posts.length === 0) return;
     this.#posts = [];
-    this.#bytes = 0;
+    this.#characters = 0;
     this.store(posts);
     this.#flushedAt = performance.now();
   }
@@ -483,6 +489,7 @@ interface Batch {
   readonly repeats: [Post, number][];
 }
 
+const INSERT_ROOM = "INSERT INTO rooms (name, epoch) VALUES (?, ?)";
 const INSERT_MESSAGE = "INSERT INTO messages (room, seq, at, name, key, text) VALUES (?, ?, ?, ?, ?, ?)";
 
 type Row = { seq: number; at: number; name: string; key: string | null; text: string };
@@ -507,7 +514,7 @@ class SqliteBroker implements Broker {
   constructor(
     readonly config: Config,
     readonly events: BrokerEvents,
-    readonly log: Log,
+    readonly log: Logger,
   ) {
     const { db, lock } = openLocked(config);
     this.#db = db;
@@ -552,7 +559,7 @@ class SqliteBroker implements Broker {
 
   async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
     const rows = Iterator.from(this.#select.iterate(this.#logs.get(room)?.id ?? 0, from, to, limit));
-    return newestThatFit(rows.map(({ seq, at, name, text, key }) => message(seq, at, name, text, key)));
+    return newestThatFit(rows.map(({ seq, at, name, text, key }) => makeMessage(seq, at, name, text, key)));
   }
 
   async present(_room: string, here: Here): Promise<Here[]> {
@@ -604,16 +611,14 @@ class SqliteBroker implements Broker {
     if (known) return void repeats.push([post, known]);
     const seq = log.last + messages.length + 1;
     if (post.key) keys.set(post.key, seq);
-    messages.push(message(seq, post.at, post.name, post.text, post.key));
+    messages.push(makeMessage(seq, post.at, post.name, post.text, post.key));
   }
 
   /** Writes one room's messages, inside the transaction. */
   #store(batch: Batch): void {
     if (batch.id === 0) {
-      const created = this.#db
-        .query("INSERT INTO rooms (name, epoch) VALUES (?, ?)")
-        .run(batch.log.room, batch.log.epoch);
-      batch.id = Number(created.lastInsertRowid);
+      const { lastInsertRowid: id } = this.#db.query(INSERT_ROOM).run(batch.log.room, batch.log.epoch);
+      batch.id = Number(id);
     }
     for (const { seq, at, name, key, text } of batch.messages) {
       this.#insert.run(batch.id, seq, at, name, key ?? null, text);
@@ -649,7 +654,7 @@ class SqliteBroker implements Broker {
     }
   }
 
-  /** Deletes the oldest messages of a room, a step at a time, when nothing else is to do. */
+  /** Deletes the oldest messages of a room, a step at a time, so that posts get in between. */
   #trimSoon(log: SqliteLog): void {
     this.#trimming ??= setTimeout(() => {
       this.#trimming = undefined;
@@ -665,37 +670,43 @@ class SqliteBroker implements Broker {
     }, GATHER_MS);
   }
 
-  /** Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, as Redis does by itself. */
-  #expireRooms(wait: number): void {
+  /**
+   * Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, as Redis does by itself:
+   * those from row `from` on, a step at a time. Each step looks anew, for a room may be used again at any time.
+   */
+  #expireRooms(wait: number, from = 0): void {
     if (this.config.idleDays === 0) return;
     this.#expiring = setTimeout(() => {
-      const before = Date.now() - this.config.idleDays * 24 * 60 * 60 * 1000;
-      const idle = this.#db.query<{ id: number; name: string }, [number]>(
-        `SELECT id, name FROM rooms
-         WHERE (SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1) < ?`,
-      );
-      this.#forgetRooms(idle.all(before));
+      try {
+        const room = this.#idleRoom(from);
+        if (!room) return this.#expireRooms(EXPIRE_MS);
+        const done = this.#logs.has(room.name) || this.#forgetSome(room.id);
+        this.#expireRooms(GATHER_MS, done ? room.id + 1 : room.id);
+      } catch (error) {
+        this.log("error", `Idle rooms cannot be forgotten now: ${(error as Error).message}`);
+        this.#expireRooms(EXPIRE_MS);
+      }
     }, wait);
   }
 
-  /** Deletes rooms a step at a time, oldest messages first: one that is opened meanwhile has lost no more than its oldest. */
-  #forgetRooms(rooms: { id: number; name: string }[]): void {
-    const room = rooms.at(-1);
-    if (!room) return this.#expireRooms(EXPIRE_MS);
-    const forgetSome = this.#db.transaction((id: number) => {
-      this.#db
-        .query("DELETE FROM messages WHERE room = ?1 AND seq < (SELECT min(seq) FROM messages WHERE room = ?1) + ?2")
-        .run(id, TRIM_MESSAGES);
-      const empty = "DELETE FROM rooms WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM messages WHERE room = ?1)";
+  #idleRoom(from: number): { id: number; name: string } | null {
+    const newest = "SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1";
+    return this.#db
+      .query<{ id: number; name: string }, [number, number]>(
+        `SELECT id, name FROM rooms WHERE id >= ? AND (${newest}) < ? ORDER BY id LIMIT 1`,
+      )
+      .get(from, Date.now() - this.config.idleDays * DAY_SECONDS * 1000);
+  }
+
+  /** Deletes a room's oldest messages, and with the last ones the room. Returns whether it is gone. */
+  #forgetSome(id: number): boolean {
+    const some = "DELETE FROM messages WHERE room = ?1 AND seq < (SELECT min(seq) FROM messages WHERE room = ?1) + ?2";
+    const empty = "DELETE FROM rooms WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM messages WHERE room = ?1)";
+    const both = this.#db.transaction(() => {
+      this.#db.query(some).run(id, TRIM_MESSAGES);
       return this.#db.query(empty).run(id).changes > 0;
     });
-    try {
-      if (this.#logs.has(room.name) || forgetSome.immediate(room.id)) rooms.pop();
-      this.#expiring = setTimeout(() => this.#forgetRooms(rooms), GATHER_MS);
-    } catch (error) {
-      this.log("error", `Idle rooms cannot be forgotten now: ${(error as Error).message}`);
-      this.#expireRooms(EXPIRE_MS);
-    }
+    return both.immediate();
   }
 }
 
@@ -791,10 +802,9 @@ for i = 4, #ARGV, 6 do
     redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch',
       redis.call('HGET', meta, 'epoch'), 'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
     if seq > history and seq % 100 == 0 then
-      for _, old in ipairs(redis.call('XRANGE', log, '-', (seq - history) .. '-0')) do
-        redis.call('HDEL', keys, old[2][8])
-      end
-      redis.call('XTRIM', log, 'MINID', seq - history + 1)
+      local old = redis.call('XRANGE', log, '-', (seq - history) .. '-0', 'COUNT', ${TRIM_MESSAGES})
+      for _, entry in ipairs(old) do redis.call('HDEL', keys, entry[2][8]) end
+      if old[1] then redis.call('XTRIM', log, 'MINID', old[#old][1]) end
     end
     for _, name in ipairs({meta, log, keys}) do
       if idle > 0 then redis.call('EXPIRE', name, idle) else redis.call('PERSIST', name) end
@@ -879,13 +889,12 @@ class RedisBroker implements Broker {
   constructor(
     readonly config: Config,
     readonly events: BrokerEvents,
-    readonly log: Log,
+    readonly log: Logger,
   ) {
     try {
       connectRedis(config.redisUrl).close();
     } catch (error) {
-      const shown = config.redisUrl.replace(/\/\/[^@]*@/, "//…@"); // without its password
-      throw new StartError(`REDIS_URL=${shown}: ${(error as Error).message}.`);
+      throw new StartError(`REDIS_URL=${withoutPassword(config.redisUrl)}: ${(error as Error).message}.`);
     }
   }
 
@@ -932,8 +941,7 @@ class RedisBroker implements Broker {
     const own = JSON.stringify(here);
     if (log && log.here !== own) {
       log.here = own;
-      const set = this.#send("SET", [this.#hereKey(this.#server, room), own, "EX", `${ALIVE_SECONDS}`]);
-      await Promise.all([set, this.#feed("here", room, "")]).catch((error) => {
+      await Promise.all([this.#keepHere(log), this.#feed("here", room, "")]).catch((error) => {
         log.here = ""; // to be said again
         throw error;
       });
@@ -954,9 +962,9 @@ class RedisBroker implements Broker {
   async stop(): Promise<void> {
     this.#gatherer.flush();
     clearInterval(this.#heartbeat);
-    clearTimeout(this.#awayTimer);
-    if (!this.#away) await Promise.race([this.#drain().catch(ignore), Bun.sleep(DRAIN_MS)]);
+    if (!this.#away) await inTime(this.#drain(), DRAIN_MS).catch(ignore);
     this.#stopped = true;
+    clearTimeout(this.#awayTimer); // not before: Redis may have gone while it was waited for
     this.#commands?.close();
     this.#tail?.close();
   }
@@ -965,7 +973,7 @@ class RedisBroker implements Broker {
   async #drain(): Promise<void> {
     // All that this server has sent to Redis is answered before this is; what it stored, the tail tells until then.
     await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]);
-    const last = (await this.#endOfFeed("XREVRANGE", "+", "-")) ?? "0-0";
+    const last = (await this.#endOfFeed("newest")) ?? "0-0";
     while (idBefore(this.#cursor ?? last, last) && !this.#stopped) await Bun.sleep(GATHER_MS);
   }
 
@@ -974,7 +982,7 @@ class RedisBroker implements Broker {
     const posts = gathered.filter(({ sender }) => !sender.refused);
     if (posts.length === 0) return;
     const { prefix, history, idleDays } = this.config;
-    const args = [prefix, `${history}`, `${idleDays * 24 * 60 * 60}`];
+    const args = [prefix, `${history}`, `${idleDays * DAY_SECONDS}`];
     for (const { room, at, name, text, key } of posts) {
       const log = this.#logs.get(room);
       // A log that had messages and is gone begins again with an epoch of its own.
@@ -1030,36 +1038,33 @@ class RedisBroker implements Broker {
       string,
       StreamEntry[]
     > | null;
-    if (reply === null) {
-      // Silence. But a feed that was emptied and counts anew would be silent too.
-      const last = await this.#endOfFeed("XREVRANGE", "+", "-");
-      if (from === "0-0" || (last !== null && !idBefore(last, from))) return;
-      this.#cursor = "0-0";
-      this.#doubt = true;
-      return;
-    }
+    if (reply === null) return this.#heardNothing(from);
     const byRoom = new Map<RedisLog, Entry[]>();
     const read = reply[feed] ?? [];
     for (const [id, fields] of read) {
       this.#cursor = id;
-      const [, room = "", , epoch = ""] = fields;
+      const [, room = "", kind, epoch = "", , seq = "", ...rest] = fields;
       const log = this.#logs.get(room);
-      if (!log) continue;
-      if (fields[2] === "from") this.#hear(room, fields);
-      else {
-        const [, , , , , seq, , at, , name = "", , text = "", , key] = fields;
-        const entry = { epoch, message: message(Number(seq), Number(at), name, text, key) };
-        const entries = byRoom.get(log);
-        if (entries) entries.push(entry);
-        else byRoom.set(log, [entry]);
-      }
+      if (log && kind === "from") this.#hear(room, fields);
+      if (!log || kind !== "epoch") continue;
+      const entries = byRoom.get(log) ?? [];
+      entries.push({ epoch, message: streamMessage([seq, rest]) }); // the rest is as the log has it
+      byRoom.set(log, entries);
     }
     for (const [log, entries] of byRoom) this.#take(log, entries);
     if (byRoom.size > 0 && read.length < GATHER_POSTS) this.#toldAt = performance.now();
     if (read.length < FEED_READ || from === "0-0") return;
     // This server lags: what it has not read yet may be cut off by now.
-    const oldest = await this.#endOfFeed("XRANGE", "-", "+");
+    const oldest = await this.#endOfFeed("oldest");
     if (oldest === null || idBefore(from, oldest)) this.#doubt = true;
+  }
+
+  /** Silence. But a feed that was emptied and counts anew would be silent too: then it is read from its start. */
+  async #heardNothing(from: string): Promise<void> {
+    const newest = await this.#endOfFeed("newest");
+    if (from === "0-0" || (newest !== null && !idBefore(newest, from))) return;
+    this.#cursor = "0-0";
+    this.#doubt = true;
   }
 
   /** Another server tells that presence changed, or that somebody types. */
@@ -1089,7 +1094,7 @@ class RedisBroker implements Broker {
   async #catchUp(): Promise<void> {
     this.#doubt = false;
     // Never the start of an empty feed: from there nobody could tell what was cut off.
-    this.#cursor ??= (await this.#endOfFeed("XREVRANGE", "+", "-")) ?? ((await this.#feed("here", "", "")) as string);
+    this.#cursor ??= (await this.#endOfFeed("newest")) ?? ((await this.#feed("here", "", "")) as string);
     const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
     const states = await Promise.all(logs.map((log) => this.#state(log.room, log)));
     for (const [i, log] of logs.entries()) {
@@ -1119,16 +1124,19 @@ class RedisBroker implements Broker {
   }
 
   #back(): void {
+    if (this.#awayTimer) this.log("error", "Redis is there again.");
     clearTimeout(this.#awayTimer);
     this.#awayTimer = undefined;
-    if (this.#away) this.log("info", "Redis is there.");
     this.#away = false;
     void this.#beat();
   }
 
   /** The feed is out of reach. A short while is bridged; then members are sent to try again, here or at another server. */
   #gone(error: Error): void {
-    if (!this.#awayTimer) this.log("error", `Redis cannot be reached: ${error.message}`);
+    if (!this.#awayTimer) {
+      const redis = `REDIS_URL=${withoutPassword(this.config.redisUrl)}`;
+      this.log("error", `${redis}: cannot be reached: ${error.message}. It is tried until it is there.`);
+    }
     this.#awayTimer ??= setTimeout(() => {
       this.#away = true;
       for (const room of [...this.#logs.keys()]) this.events.lost(room);
@@ -1142,10 +1150,8 @@ class RedisBroker implements Broker {
     if (this.#away || this.#stopped) return;
     try {
       const logs = [...this.#logs.values()];
-      const keep = ({ room, here }: RedisLog) =>
-        this.#send("SET", [this.#hereKey(this.#server, room), here, "EX", `${ALIVE_SECONDS}`]);
       // First who is here, then that they count: whoever finds this server alive finds its people too.
-      const kept = logs.filter(({ here }) => here !== "").map(keep);
+      const kept = logs.filter(({ here }) => here !== "").map((log) => this.#keepHere(log));
       const said = this.#run(ALIVE_SCRIPT, [this.config.prefix, this.#server, `${ALIVE_SECONDS}`]);
       const [[alive, known]] = (await Promise.all([said, ...kept])) as [[string[], string | number | null]];
       // It was away for long, or Redis lost all it had.
@@ -1156,6 +1162,11 @@ class RedisBroker implements Broker {
     } catch (error) {
       this.log("debug", `A heartbeat failed: ${(error as Error).message}`);
     }
+  }
+
+  /** Writes who is in a room here; it is gone when this server no longer writes it. */
+  #keepHere({ room, here }: RedisLog): Promise<unknown> {
+    return this.#send("SET", [this.#hereKey(this.#server, room), here, "EX", `${ALIVE_SECONDS}`]);
   }
 
   #hereKey(server: string, room: string): string {
@@ -1178,7 +1189,8 @@ class RedisBroker implements Broker {
   }
 
   /** The id of the feed's newest or oldest entry, or null when it has none. */
-  async #endOfFeed(command: "XREVRANGE" | "XRANGE", from: "+" | "-", to: "+" | "-"): Promise<string | null> {
+  async #endOfFeed(end: "newest" | "oldest"): Promise<string | null> {
+    const [command, from, to] = end === "newest" ? (["XREVRANGE", "+", "-"] as const) : (["XRANGE", "-", "+"] as const);
     const entries = await this.#send(command, [`${this.config.prefix}feed`, from, to, "COUNT", "1"]);
     return (entries as StreamEntry[])[0]?.[0] ?? null;
   }
@@ -1203,6 +1215,10 @@ class RedisBroker implements Broker {
   }
 }
 
+function withoutPassword(url: string): string {
+  return url.replace(/\/\/[^@]*@/, "//…@");
+}
+
 /** A connection that is made by its first command and never again: it is replaced instead. */
 function connectRedis(url: string): Bun.RedisClient {
   return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: REDIS_MS });
@@ -1210,7 +1226,7 @@ function connectRedis(url: string): Bun.RedisClient {
 
 /** A message as a log's stream has it. */
 function streamMessage([id, [, at, , name = "", , text = "", , key]]: StreamEntry): Message {
-  return message(Number.parseInt(id), Number(at), name, text, key);
+  return makeMessage(Number.parseInt(id), Number(at), name, text, key);
 }
 
 /** A connection that closes with the block that it was made in. */
@@ -1221,13 +1237,13 @@ function disposable(redis: Bun.RedisClient): Bun.RedisClient & Disposable {
 /** Messages in runs that each make a frame of bounded size, however many a server that lagged has read at once. */
 function* inFrames(messages: Message[]): Generator<Message[]> {
   let from = 0;
-  let bytes = 0;
+  let characters = 0;
   for (const [i, { text }] of messages.entries()) {
-    bytes += text.length;
-    if (bytes < GATHER_BYTES && i < messages.length - 1) continue;
+    characters += text.length;
+    if (characters < GATHER_CHARACTERS && i < messages.length - 1) continue;
     yield messages.slice(from, i + 1);
     from = i + 1;
-    bytes = 0;
+    characters = 0;
   }
 }
 
@@ -1352,7 +1368,7 @@ class Rooms implements BrokerEvents {
 
   constructor(
     readonly config: Config,
-    readonly log: Log,
+    readonly log: Logger,
     /** Sends a frame to every socket that subscribed to a topic. */
     readonly publish: (topic: string, frame: string, except?: Member) => void,
   ) {}
@@ -1368,8 +1384,10 @@ class Rooms implements BrokerEvents {
     member.room = room;
     room.members.add(member);
     this.#join(member, room).catch((error: Error) => {
-      this.log("error", `The log of room "${room.name}" cannot be read: ${error.message}`);
-      ws.close(CLOSE.tryAgain, "The store cannot be reached: try again.");
+      this.log("error", `The log of ${describe(room.name)} cannot be read: ${error.message}`);
+      member.refused = true;
+      if (member.left) this.#drop(member);
+      else ws.close(CLOSE.tryAgain, "The store cannot be reached: try again.");
     });
   }
 
@@ -1395,16 +1413,16 @@ class Rooms implements BrokerEvents {
     }
     // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
     const { ws } = member;
-    if (ws.readyState !== WebSocket.OPEN) return;
+    if (ws.readyState !== WebSocket.OPEN) return this.#drain(member); // closed by now; what it sent before is still sent
     if (member.chat) ws.send(hello);
-    if (missed.length > 0) ws.send(messagesFrame(missed));
+    if (missed.length > 0) ws.send(encode({ type: "messages", messages: missed }));
     ws.subscribe(member.chat ? room.chatTopic : room.plainTopic);
     member.joined = true;
     this.#count(room, member, +1);
     if (member.badName) this.#complain(member, badName());
     room.presence = ""; // whoever joins has not seen it, even if it is the same again
     this.#presenceChanged(room);
-    this.log("info", `${member.address} joined ${describe(room)} (${member.chat ? member.name : "plain"})`);
+    this.log("info", `${member.address} joined ${describe(room.name)} (${member.chat ? member.name : "plain"})`);
     this.#drain(member);
   }
 
@@ -1586,17 +1604,19 @@ class Rooms implements BrokerEvents {
 
   /** Messages were stored: deliver them. */
   stored(name: string, messages: Message[]): void {
+    if (this.config.logLevel === "debug") {
+      for (const { seq, name: who, text } of messages) {
+        this.log("debug", `${describe(name)} #${seq} ${who}: ${JSON.stringify(text)}`);
+      }
+    }
     const room = this.#rooms.get(name);
     if (!room) return;
     room.last += messages.length;
     this.#forgetHellos(room);
     for (const missed of room.joining) missed.push(...messages);
     // RULE 1: still the same tick as the commit. `publish` says how the slowest reader did: nothing to act on.
-    if (room.chatCount > 0) this.publish(room.chatTopic, messagesFrame(messages));
+    if (room.chatCount > 0) this.publish(room.chatTopic, encode({ type: "messages", messages }));
     if (room.plainCount > 0) for (const { text } of messages) this.publish(room.plainTopic, text);
-    if (this.config.logLevel !== "debug") return;
-    for (const { seq, name, text } of messages)
-      this.log("debug", `${describe(room)} #${seq} ${name}: ${JSON.stringify(text)}`);
   }
 
   repeated(post: Post, seq: number): void {
@@ -1672,12 +1692,20 @@ class Rooms implements BrokerEvents {
     if (member.joined) {
       this.#count(room, member, -1);
       this.#presenceChanged(room);
-      this.log("info", `${member.address} left ${describe(room)} (${code})`);
+      this.log("info", `${member.address} left ${describe(room.name)} (${code})`);
     }
-    const keep = member.joined && !this.stopping && this.#leftBytes + member.queueBytes <= LEFT_BYTES;
     member.joined = false;
-    if (!keep || member.queue.length === 0) return this.#release(member);
     this.#leftBytes += member.queueBytes;
+    const keep = member.queue.length > 0 && !this.stopping && !member.refused && this.#leftBytes <= LEFT_BYTES;
+    if (!keep) this.#drop(member);
+  }
+
+  /** Forgets what a member who has left did not get to send. */
+  #drop(member: Member): void {
+    this.#leftBytes -= member.queueBytes;
+    member.queue = [];
+    member.queueBytes = 0;
+    this.#release(member);
   }
 
   /** Nothing of a member is left to do; the last one closes the room. */
@@ -1705,7 +1733,10 @@ class Rooms implements BrokerEvents {
   /** Closes every socket with 1001. What was delivered goes out before the Close frame. */
   closeAll(): void {
     for (const room of this.#rooms.values()) {
-      for (const { ws } of room.members) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
+      for (const member of room.members) {
+        if (member.left) this.#drop(member);
+        else member.ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
+      }
     }
   }
 }
@@ -1720,8 +1751,8 @@ function queueCost(frame: ClientFrame): number {
   return QUEUE_FRAME_BYTES + (frame.type === "name" ? frame.name.length : 0);
 }
 
-function describe(room: Room): string {
-  return room.name === "" ? "the lobby" : `room "${room.name}"`;
+function describe(room: string): string {
+  return room === "" ? "the lobby" : `room "${room}"`;
 }
 
 // ─── Access: origin, password, address ───────────────────────────────────────────────────────────────────────────────
@@ -1861,11 +1892,11 @@ export interface Chat {
 /**
  * Starts a chat.
  * @param overrides what differs from the defaults of {@link Config}
- * @throws StartError when the store cannot be opened or the port not be listened on
+ * @throws StartError when the store cannot be opened, or the port cannot be listened on
  */
 export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
   const config: Config = Object.freeze({ ...readConfig({}), ...overrides });
-  const log = makeLog(config.logLevel);
+  const log = makeLogger(config.logLevel);
   // More than one only after `reloadTls`. None is ever dropped: a connection that it had accepted may still become a socket.
   const servers: Bun.Server<Member>[] = [];
   const rooms = new Rooms(config, log, (topic, frame, except) => {
@@ -1899,7 +1930,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     clearInterval(watch);
     await broker.stop();
     rooms.closeAll();
-    await Promise.race([closed, Bun.sleep(STOP_MS)]);
+    await inTime(closed, STOP_MS).catch(ignore); // whoever has not answered by then is cut
     for (const server of servers) void server.stop(true);
   };
   let stopped: Promise<void> | undefined;
@@ -1909,7 +1940,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
 }
 
 /** Says when no file descriptor is free: nobody else can connect then, and Bun does not tell. */
-function watchDescriptors(log: Log): Timer {
+function watchDescriptors(log: Logger): Timer {
   let exhausted = false;
   return setInterval(() => {
     const before = exhausted;
@@ -1928,15 +1959,14 @@ function watchDescriptors(log: Log): Timer {
 type Handlers = ReturnType<typeof makeHandlers>;
 
 /** What the server does with requests and sockets. */
-function makeHandlers(config: Config, rooms: Rooms, log: Log) {
+function makeHandlers(config: Config, rooms: Rooms, log: Logger) {
   const page = new Page(pageSource as unknown as string); // bun-types takes every .html import for a bundle
   const access = new Access(config);
   return {
     fetch: (request: Request, server: Bun.Server<Member>) => {
       const url = URL.parse(request.url);
-      if (!url) return refuse(400, "The Host is none.");
-      const { pathname } = url;
-      if (pathname.startsWith("/ws/")) return handshake(request, pathname, server, config, access);
+      if (!url) return refuse(400, "The Host header names no host.");
+      if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, config, access);
       if (request.method === "POST" && config.password !== "") return access.login(request, server);
       return page.answer(request);
     },
@@ -1989,6 +2019,7 @@ function listen(config: Config, handlers: Handlers): Bun.Server<Member> {
     if (code === "EADDRINUSE")
       throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
     if (tls) throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
+    if (/EADDRNOTAVAIL|EINVAL/.test(message)) throw new StartError(`HOST=${host}: this machine has no such address.`);
     throw new StartError(`HOST=${host} PORT=${port}: cannot be listened on: ${message}`);
   }
 }
@@ -2009,7 +2040,7 @@ function readTls({ tlsCert, tlsKey }: Config): { cert: string; key: string } | u
 /** Lets a WebSocket in, or says why not: a ladder of guards, each with its status and its sentence. */
 function handshake(
   request: Request,
-  path: string,
+  { pathname, searchParams: query }: URL,
   server: Bun.Server<Member>,
   config: Config,
   access: Access,
@@ -2024,7 +2055,7 @@ function handshake(
   if (!originAllowed(headers, config.origins)) {
     return refuse(403, "Pages of this origin may not connect; CHAT_ORIGINS lists those that may.");
   }
-  const room = roomOf(path.slice("/ws/".length));
+  const room = roomOf(pathname.slice("/ws/".length));
   if (room === undefined) {
     return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
   }
@@ -2034,12 +2065,8 @@ function handshake(
   const refused = access.check(request, server);
   // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
   if (refused && !chat) return refused;
-  const query = new URL(request.url).searchParams;
   const name = query.get("name");
   const clean = name === null ? "Guest" : cleanName(name);
-  const epoch = query.get("epoch");
-  const after = /^\d{1,15}$/.test(query.get("after") ?? "") ? Number(query.get("after")) : undefined;
-  const resume = epoch !== null && after !== undefined ? { epoch, after } : undefined;
   const address = addressOf(request, server, config.proxies);
   const data = new Member(
     room,
@@ -2047,14 +2074,21 @@ function handshake(
     chat,
     clean ?? "Guest",
     clean === undefined,
-    resume,
+    resumeOf(query),
     config.rate * BURST_SECONDS,
   );
   data.server = server;
   data.lockedOut = refused !== undefined;
-  // A client that offers a subprotocol and is answered none closes the connection: RFC 6455 section 4.1, step 6.
+  // A browser that offers a subprotocol and is answered none closes the connection: the WHATWG WebSockets standard.
   if (server.upgrade(request, { data, headers: chat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} })) return undefined;
   return refuse(400, "The WebSocket handshake is not complete.");
+}
+
+/** Where a client says that it left off; undefined when it does not, or not in a way that can be. */
+function resumeOf(query: URLSearchParams): Resume | undefined {
+  const epoch = query.get("epoch");
+  const after = query.get("after") ?? "";
+  return epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
 }
 
 /** A refusal in plain text. */
@@ -2144,7 +2178,7 @@ function* exportSqlite({ db: path, history }: Config): Generator<Line> {
      WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`,
   );
   for (const { room, epoch, seq, at, name, text, key } of rows.iterate(history)) {
-    yield { room, epoch, ...message(seq, at, name, text, key) };
+    yield { room, epoch, ...makeMessage(seq, at, name, text, key) };
   }
 }
 
@@ -2157,7 +2191,7 @@ function openToRead(path: string): Database {
   }
 }
 
-/** The kept messages of all rooms in a Redis, a room after the other. */
+/** The kept messages of all rooms in a Redis, one room after the other. */
 async function* exportRedis({ redisUrl, prefix }: Config): AsyncGenerator<Line> {
   using redis = disposable(connectRedis(redisUrl));
   const logs = new Set<string>();
@@ -2205,19 +2239,19 @@ function readExport(text: string): Map<string, Line[]> {
   const keys = new Set<string>();
   for (const [i, json] of text.split("\n").entries()) {
     if (json === "") continue;
-    const why = (() => {
-      const line = parseLine(json);
-      if (typeof line === "string") return line;
-      const before = rooms.get(line.room) ?? [];
-      const last = before.at(-1);
-      if (last && (last.epoch !== line.epoch || last.seq + 1 !== line.seq)) return "it does not follow the one before";
-      if (line.key && keys.has(`${line.key} ${line.room}`)) return "its key was there before";
-      if (line.key) keys.add(`${line.key} ${line.room}`);
-      before.push(line);
-      rooms.set(line.room, before);
-      return undefined;
-    })();
-    if (why) throw new StartError(`Line ${i + 1}: ${why}. Nothing was imported.`);
+    const broken = (why: string) => new StartError(`Line ${i + 1}: ${why}. Nothing was imported.`);
+    const line = parseLine(json);
+    if (typeof line === "string") throw broken(line);
+    const before = rooms.get(line.room) ?? [];
+    const last = before.at(-1);
+    if (last && (last.epoch !== line.epoch || last.seq + 1 !== line.seq)) {
+      throw broken("it does not follow the one before");
+    }
+    const key = line.key && `${line.key} ${line.room}`; // a key has no space
+    if (key && keys.has(key)) throw broken("its key was there before");
+    if (key) keys.add(key);
+    before.push(line);
+    rooms.set(line.room, before);
   }
   return rooms;
 }
@@ -2239,7 +2273,7 @@ function parseLine(json: string): Line | string {
   if (typeof name !== "string" || cleanName(name) !== name) return "it has no valid name";
   if (typeof text !== "string" || longerThan(text, MAX_TEXT) || !text.isWellFormed()) return "it has no valid text";
   if (key !== undefined && !(typeof key === "string" && KEY.test(key))) return "its key is not valid";
-  return { room, epoch, ...message(seq as number, at as number, name, text, key) };
+  return { room, epoch, ...makeMessage(seq as number, at as number, name, text, key) };
 }
 
 /**
@@ -2257,7 +2291,7 @@ export async function importMessages(config: Config, text: string): Promise<numb
 /** All in one transaction. A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
 function importSqlite(config: Config, rooms: Map<string, Line[]>): void {
   const { db, lock } = openLocked(config);
-  const insertRoom = db.query("INSERT INTO rooms (name, epoch) VALUES (?, ?)");
+  const insertRoom = db.query(INSERT_ROOM);
   const insert = db.query(INSERT_MESSAGE);
   const insertAll = db.transaction(() => {
     for (const [room, lines] of rooms) {
@@ -2307,7 +2341,7 @@ async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<st
       const { epoch, seq } = lines.at(-1) as Line;
       await redis.send("HSET", [`${prefix}room:${room}`, "epoch", epoch, "last", `${seq}`]);
     }
-    if (idleDays > 0) for (const name of written) await redis.send("EXPIRE", [name, `${idleDays * 24 * 60 * 60}`]);
+    if (idleDays > 0) for (const name of written) await redis.send("EXPIRE", [name, `${idleDays * DAY_SECONDS}`]);
   } catch (error) {
     if (written.length > 0) await redis.send("DEL", written);
     throw error;
@@ -2327,7 +2361,7 @@ const HELP = `A chat server in one file. It needs nothing: start it, and open th
 
   bun run server.ts                      serves the chat
   bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
-  bun run server.ts import chat.jsonl    takes them into a store that does not have those rooms
+  bun run server.ts import [chat.jsonl]  takes them, from a file or standard input, into a store without those rooms
   bun run server.ts --help | --version
 
 Settings are environment variables, or lines of a file .env (README.md says what each is for):
@@ -2363,7 +2397,7 @@ async function printExport(config: Config): Promise<void> {
 /** Serves until SIGTERM or SIGINT. */
 async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
-  const log = makeLog(config.logLevel);
+  const log = makeLogger(config.logLevel);
   if (process.stdout.isTTY) log("info", banner(chat.url, config));
   else log("info", `The chat is open: ${chat.url}`);
   const stop = () => void chat.stop().then(() => process.exit(0));
