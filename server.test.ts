@@ -281,6 +281,7 @@ interface JoinOptions {
   epoch?: string;
   after?: number;
   headers?: Record<string, string>;
+  tls?: { rejectUnauthorized: boolean };
 }
 
 /** A client of either dialect that records what it receives. */
@@ -316,10 +317,10 @@ class Client {
     return client;
   }
 
-  static async connect(url: string, { room = "", plain, headers, ...query }: JoinOptions): Promise<Client> {
+  static async connect(url: string, { room = "", plain, headers, tls, ...query }: JoinOptions): Promise<Client> {
     const address = new URL(`ws/${encodeURIComponent(room)}`, url.replace("http", "ws"));
     for (const [key, value] of Object.entries(query)) address.searchParams.set(key, String(value));
-    const ws = new WebSocket(address, plain ? { headers } : { protocols: ["chat.v1"], headers });
+    const ws = new WebSocket(address, plain ? { headers, tls } : { protocols: ["chat.v1"], headers, tls });
     const client = new Client(ws);
     started.push(() => ws.terminate());
     const opened = Promise.withResolvers<void>();
@@ -2610,6 +2611,20 @@ describe("with a certificate", () => {
     return client;
   };
 
+  test("embedded: it is read again when asked, stays when the new one is bad, and nobody is cut", async () => {
+    const files = certify("embedded");
+    const { url, reloadTls } = await start({ tlsCert: files.cert, tlsKey: files.key });
+    const ann = await Client.join(url, { name: "Ann", tls: { rejectUnauthorized: false } });
+    certify("renewed", "embedded");
+    reloadTls();
+    writeFileSync(files.key, "no key");
+    expect(reloadTls).toThrow("cannot be used");
+    const bo = await Client.join(url, { name: "Bo", tls: { rejectUnauthorized: false } });
+    ann.post("over the old certificate");
+    bo.post("over the new one");
+    for (const client of [ann, bo]) expect(await client.untilMessages(2)).toHaveLength(2);
+  });
+
   test("serves https and wss, and its cookie is Secure", async () => {
     const { cert, key } = certify("one");
     const { url } = await start({ tlsCert: cert, tlsKey: key, password: "sesame" });
@@ -3645,6 +3660,20 @@ describe("an operator", () => {
     const { port } = new URL(url);
     const { code, said } = await failedStart({ PORT: port });
     expect([code, said]).toEqual([1, `PORT=${port}: another program listens there; set PORT to another.\n`]);
+  });
+
+  test("who embeds it is told the same by a StartError", async () => {
+    const port = Number(new URL((await start()).url).port);
+    const cases: [Partial<Config>, string][] = [
+      [{ port }, `PORT=${port}: another program listens there`],
+      [{ host: "203.0.113.1" }, "HOST=203.0.113.1: this machine has no such address"],
+      [{ db: join(FOLDER, "no", "such", "folder") }, "the database cannot be opened and written"],
+      [{ redisUrl: "http://user:secret@localhost" }, "REDIS_URL=http://…@localhost: "],
+      [{ tlsCert: "no.pem", tlsKey: "no.pem" }, "TLS_CERT=no.pem TLS_KEY=no.pem: cannot be used: "],
+    ];
+    for (const [config, why] of cases) await expect(start(config)).rejects.toThrow(why);
+    const nothing = { ...readConfig({}), db: join(FOLDER, "nothing.sqlite") };
+    await expect(exportMessages(nothing, async () => {})).rejects.toThrow("the database cannot be read");
   });
 
   test("sees the address, who comes and goes, and at debug what is said", async () => {
