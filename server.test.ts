@@ -5,7 +5,7 @@
  * bytes, the machine's limits (promises 5 to 7) · many servers · operation · commands · the page.
  */
 import { Database } from "bun:sqlite";
-import { afterAll, afterEach, describe, expect, setDefaultTimeout, setSystemTime, test } from "bun:test";
+import { afterAll, afterEach, describe, expect, setDefaultTimeout, setSystemTime, spyOn, test } from "bun:test";
 import { copyFileSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
@@ -20,6 +20,7 @@ import {
   type Config,
   exportMessages,
   importMessages,
+  main,
   type Message,
   readConfig,
   type ServerFrame,
@@ -1794,8 +1795,8 @@ describe("a password", () => {
     const { url } = await start({ password: "sesame", proxies: 1 });
     const from = (address: string) => ({ "X-Forwarded-For": address });
     const statuses = [];
-    for (let i = 0; i < 6; i++) statuses.push((await login(url, `guess${i}`, from("192.0.2.1"))).status);
-    expect(statuses).toEqual([401, 401, 401, 401, 401, 429]);
+    for (let i = 0; i < 7; i++) statuses.push((await login(url, `guess${i}`, from("192.0.2.1"))).status);
+    expect(statuses).toEqual([401, 401, 401, 401, 401, 401, 429]);
     const refused = await login(url, "sesame", from("192.0.2.1"));
     expect([refused.status, refused.headers.get("retry-after")]).toEqual([429, "1"]);
     expect(await knock(url, { Authorization: "Bearer sesame", ...from("192.0.2.1") })).toBe(429);
@@ -3137,11 +3138,11 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
 
   test("passes typing on to the other servers, never back to who types", async () => {
     const redis = await ownRedis();
-    const servers = await startServers(2, redis.url);
+    const [one, other] = (await startServers(2, redis.url)) as [{ url: string }, { url: string }];
     const [ann, bo, cy] = [
-      await Client.join((servers[0] as { url: string }).url, { name: "Ann" }),
-      await Client.join((servers[0] as { url: string }).url, { name: "Bo" }),
-      await Client.join((servers[1] as { url: string }).url, { name: "Cy" }),
+      await Client.join(other.url, { name: "Ann" }),
+      await Client.join(other.url, { name: "Bo" }),
+      await Client.join(one.url, { name: "Cy" }),
     ];
     for (const client of [ann, bo, cy]) await sees(client, 3, "Ann", "Bo", "Cy"); // the servers know of each other
     ann.send({ type: "typing" });
@@ -3690,6 +3691,26 @@ describe("an operator", () => {
     expect(server.output).toContain(" left the lobby (1005)\n");
   });
 
+  test("sees at each LOG_LEVEL what it is for", async () => {
+    const printed = spyOn(console, "log").mockImplementation(() => {});
+    started.push(() => printed.mockRestore());
+    for (const [logLevel, lines] of [
+      ["silent", 0],
+      ["error", 0],
+      ["info", 2],
+      ["debug", 3],
+    ] as const) {
+      printed.mockClear();
+      const chat = await start({ logLevel });
+      const ann = await Client.join(chat.url, { name: "Ann" });
+      ann.post("hi");
+      await ann.untilMessages(1);
+      await ann.leave();
+      await chat.stop();
+      expect([logLevel, printed.mock.calls.length]).toEqual([logLevel, lines]);
+    }
+  });
+
   test("stops it with SIGTERM and SIGINT: what was said is stored, sockets get 1001, also with a client that never answers", async () => {
     for (const signal of ["SIGTERM", "SIGINT"] as const) {
       const file = newFile();
@@ -3814,6 +3835,21 @@ describe("the command line", () => {
     for (const [, variable] of source.matchAll(/env\.([A-Z_]+)/g)) expect(help.out).toContain(variable as string);
     const said = "expotr: no such command; --help lists them.\n";
     expect(await run({}, ["expotr"])).toEqual({ code: 1, out: "", said });
+  });
+
+  test("is a function too, for who embeds it", async () => {
+    const printed = spyOn(console, "log").mockImplementation(() => {});
+    started.push(() => printed.mockRestore());
+    await main(["--version"]);
+    await main(["-h"]);
+    expect(printed.mock.calls.map(([line]) => line)).toEqual([
+      expect.stringMatching(/^\d+\.\d+\.\d+$/),
+      expect.stringMatching(/export > chat/),
+    ]);
+    for (const args of [["serve"], ["export", "x"], ["import", "x", "y"]]) {
+      await expect(main(args)).rejects.toThrow(`${args.join(" ")}: no such command; --help lists them.`);
+    }
+    await expect(main(["import", join(FOLDER, "no such file")])).rejects.toThrow(/no such file/);
   });
 
   test("builds one executable that serves the chat from an empty folder", async () => {

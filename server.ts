@@ -1727,7 +1727,10 @@ class Rooms implements BrokerEvents {
     const room = this.#rooms.get(name);
     if (!room) return;
     this.#close(room);
-    for (const { ws } of room.members) ws.close(CLOSE.tryAgain, "The log cannot be followed: come back.");
+    for (const member of room.members) {
+      member.refused = member.chat; // it sends again what is not confirmed, from the first on
+      member.ws.close(CLOSE.tryAgain, "The log cannot be followed: come back.");
+    }
   }
 
   /** Closes every socket with 1001. What was delivered goes out before the Close frame. */
@@ -1839,7 +1842,8 @@ class Access {
       this.#tries.delete(address);
       return undefined;
     }
-    const wait = ++tries.count < FREE_TRIES ? 0 : Math.min(MAX_WAIT_SECONDS, 2 ** (tries.count - FREE_TRIES));
+    const costly = ++tries.count - FREE_TRIES;
+    const wait = costly <= 0 ? 0 : Math.min(MAX_WAIT_SECONDS, 2 ** (costly - 1));
     this.#remember(address, { count: tries.count, at: now, until: now + wait });
     return refuse(401, "The password is wrong.", { "WWW-Authenticate": "Bearer" });
   }
@@ -1848,7 +1852,8 @@ class Access {
     this.#tries.delete(address); // and in again, as the newest
     this.#tries.set(address, tries);
     if (this.#tries.size <= MAX_ADDRESSES) return;
-    for (const longestSilent of this.#tries.keys()) return void this.#tries.delete(longestSilent);
+    const [longestSilent = ""] = this.#tries.keys();
+    this.#tries.delete(longestSilent);
   }
 
   /** A session: when it ends, signed. Nothing is stored; with another password the signature is another. */
@@ -2368,8 +2373,8 @@ Settings are environment variables, or lines of a file .env (README.md says what
   PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_ORIGINS CHAT_PROXIES CHAT_HISTORY
   CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
 
-/** Does what the command line asks. @throws StartError when it asks for something else */
-async function main([command, ...rest]: string[]): Promise<void> {
+/** Does what the command line asks, with settings from the environment. @throws StartError when it asks for something else */
+export async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "--help" || command === "-h") return console.log(HELP);
   if (command === "--version" || command === "-v") return console.log(version);
   if (command === undefined) return serve(readConfig(process.env));
