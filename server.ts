@@ -781,6 +781,8 @@ const ALIVE_SECONDS = 9;
 const FEED_READ = 1000;
 /** Milliseconds that `stop` waits for Redis; with STOP_MS it is within the three seconds that a stop may take. */
 const DRAIN_MS = 800;
+/** Posts that are stored in one round trip at most. */
+const STORE_POSTS = 1000;
 /** Seconds that an empty room keeps its epoch when nobody posts. */
 const EMPTY_SECONDS = 3600;
 
@@ -865,6 +867,9 @@ class RedisBroker implements Broker {
   readonly #server = newEpoch();
   readonly #logs = new Map<string, RedisLog>();
   readonly #gatherer = new Gatherer((posts) => void this.#append(posts));
+  /** Posts that are next, and whether others are being stored. */
+  #waiting: Post[] = [];
+  #storing = false;
   /** The connection for all but the tail; undefined until it is needed, and after it failed. */
   #commands: Bun.RedisClient | undefined;
   /** How far the feed was read; undefined until it was first reached. */
@@ -971,14 +976,26 @@ class RedisBroker implements Broker {
 
   /** Waits until what this server has stored is told. */
   async #drain(): Promise<void> {
-    // All that this server has sent to Redis is answered before this is; what it stored, the tail tells until then.
+    while (this.#storing && !this.#stopped) await Bun.sleep(GATHER_MS);
     await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]);
     const last = (await this.#endOfFeed("newest")) ?? "0-0";
     while (idBefore(this.#cursor ?? last, last) && !this.#stopped) await Bun.sleep(GATHER_MS);
   }
 
+  /** Stores posts, one batch after the other: nobody's later post is stored while it is open whether the earlier one was. */
+  async #append(posts: Post[]): Promise<void> {
+    this.#waiting.push(...posts);
+    if (this.#storing) return; // what is being stored now comes first, then these
+    this.#storing = true;
+    try {
+      while (this.#waiting.length > 0) await this.#store(this.#waiting.splice(0, STORE_POSTS));
+    } finally {
+      this.#storing = false;
+    }
+  }
+
   /** Stores posts in one round trip. Those that are stored come back by the feed; the rest is told here. */
-  async #append(gathered: Post[]): Promise<void> {
+  async #store(gathered: Post[]): Promise<void> {
     const posts = gathered.filter(({ sender }) => !sender.refused);
     if (posts.length === 0) return;
     const { prefix, history, idleDays } = this.config;
