@@ -3068,11 +3068,11 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
       "团".repeat(5461),
       "end",
     ];
-    for (const client of [ann, bo]) {
-      client.send("joined"); // a plain socket is told nothing: its own text says that it has joined
-      await client.untilTexts(1);
+    for (const [i, client] of [ann, bo].entries()) {
+      client.send(`joined ${i}`); // a plain socket is told nothing: its own text says that it has joined
+      await client.until("its own text", () => client.texts.includes(`joined ${i}`));
     }
-    await ann.untilTexts(2);
+    await ann.until("the other's", () => ann.texts.includes("joined 1"));
     for (const client of [ann, bo]) client.texts.length = 0;
     for (const text of texts) ann.send(text);
     expect(await ann.untilTexts(texts.length)).toEqual(texts);
