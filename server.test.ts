@@ -3081,6 +3081,26 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
   });
 });
 
+describe.skipIf(!REDIS_SERVER)("a server that was cut off for a moment", () => {
+  test("takes from the log what it has missed, and hears who is typing elsewhere again", async () => {
+    const { config } = await (STORES[1] as Store).make();
+    const wire = await Wire.to(await sharedRedis());
+    const [one, other] = [await start(config), await start({ ...config, redisUrl: `redis://${wire.address}` })];
+    const [ann, bo] = [await Client.join(one.url, { name: "Ann" }), await Client.join(other.url, { name: "Bo" })];
+    const both = (client: Client) => client.all("presence").some(({ count }) => count === 2);
+    for (const client of [ann, bo]) await client.until("both people", () => both(client));
+    wire.silence();
+    for (let i = 0; i < 5; i++) ann.post(`said meanwhile ${i}`);
+    await ann.untilMessages(5);
+    wire.cut();
+    wire.speak();
+    expect(textsOf(await bo.untilMessages(5))).toEqual(textsOf(ann.messages));
+    ann.send({ type: "typing" });
+    expect(await bo.first("typing")).toEqual({ type: "typing", name: "Ann" });
+    expectDense(bo.messages);
+  });
+});
+
 describe.skipIf(!REDIS_SERVER)("resume on a server that is behind", () => {
   test("waits until that server knows what the client has seen, and gives exactly what was missed", async () => {
     const redis = await ownRedis();
