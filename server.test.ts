@@ -67,8 +67,8 @@ interface ServerProcess extends Bun.Subprocess<"ignore", "pipe", "pipe"> {
 }
 
 /** Starts a chat in a process of its own and waits until it prints its address. */
-async function spawnServer(env: Record<string, string>): Promise<ServerProcess> {
-  const server = spawn(env) as ServerProcess;
+async function spawnServer(env: Record<string, string>, limit?: string): Promise<ServerProcess> {
+  const server = spawn(env, [], limit) as ServerProcess;
   server.output = "";
   const opened = Promise.withResolvers<string>();
   (async () => {
@@ -84,8 +84,14 @@ async function spawnServer(env: Record<string, string>): Promise<ServerProcess> 
   return server;
 }
 
-function spawn(env: Record<string, string>, args: string[] = []): Bun.Subprocess<"ignore", "pipe", "pipe"> {
-  const server = Bun.spawn([process.execPath, "run", SERVER, ...args], {
+/** Starts `server.ts`; `limit` is a shell command before it, such as `ulimit -n 64`. */
+function spawn(
+  env: Record<string, string>,
+  args: string[] = [],
+  limit = ":",
+): Bun.Subprocess<"ignore", "pipe", "pipe"> {
+  const command = ["bash", "-c", `${limit}; exec "$@"`, "bash", process.execPath, "run", SERVER, ...args];
+  const server = Bun.spawn(command, {
     env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
     cwd: FOLDER,
     stdin: "ignore",
@@ -1216,11 +1222,9 @@ describeStore("a script that posts and goes", (make) => {
       await script.leave();
     }
     const lines = Array.from({ length: 20 }, (_, i) => `line ${i}`);
-    const stored = async () => {
-      while ((await readLog(url, "empty")).length < 20) await Bun.sleep(5); // it went before its post was stored
-      return textsOf(await readLog(url, "empty"));
-    };
-    expect((await within(stored(), "twenty lines")).toSorted()).toEqual(lines.toSorted());
+    // It went before its post was stored.
+    await eventually("twenty lines", async () => (await readLog(url, "empty")).length === 20);
+    expect(textsOf(await readLog(url, "empty")).toSorted()).toEqual(lines.toSorted());
   });
 });
 
@@ -2451,30 +2455,9 @@ function mountTmpfs(size: string): string | undefined {
 const CAN_MOUNT =
   process.platform === "linux" && process.getuid?.() === 0 && Bun.spawnSync(["unshare", "-m", "true"]).exitCode === 0;
 
-/** Starts a server with a limit of its own, in a process of its own. */
-async function spawnLimited(limit: string, env: Record<string, string>): Promise<ServerProcess> {
-  const command = `${limit}; exec "${process.execPath}" run "${SERVER}"`;
-  const server = Bun.spawn(["bash", "-c", command], {
-    env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
-    cwd: FOLDER,
-    stdin: "ignore",
-    stdout: "pipe",
-    stderr: "pipe",
-  }) as ServerProcess;
-  started.push(() => server.kill("SIGKILL"));
-  server.output = "";
-  (async () => {
-    for await (const chunk of server.stdout.pipeThrough(new TextDecoderStream())) server.output += chunk;
-  })();
-  const address = () => /open: (http\S+)\n/.exec(server.output)?.[1];
-  await eventually("the server's address", () => address() !== undefined);
-  server.url = address() as string;
-  return server;
-}
-
 describe("when the machine is at its end", () => {
   test("of file descriptors: who is in goes on, who comes later gets in when some are free, and the operator is told", async () => {
-    const server = await spawnLimited("ulimit -n 64", { CHAT_DB: newFile() });
+    const server = await spawnServer({ CHAT_DB: newFile() }, "ulimit -n 64");
     const errors = errorsOf(server);
     const ann = await Client.join(server.url, { name: "Ann" });
     const raws = await Promise.all(Array.from({ length: 150 }, () => Raw.open(server.url)));
@@ -3027,10 +3010,7 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
     for (const client of clients) await client.untilMessages(102);
     for (const client of clients) expectDense(client.messages);
     const acks = () => clients.flatMap((client) => client.all("ack"));
-    const allAcked = async () => {
-      while (acks().length < 100) await Bun.sleep(2); // they come to one client or the other
-    };
-    await within(allAcked(), "100 acks");
+    await eventually("100 acks", () => acks().length === 100); // they come to one client or the other
     const seqs = new Map(clients[0]?.messages.map(({ key, seq }) => [key, seq]));
     for (const { key, seq } of acks()) expect(seq).toBe(seqs.get(key) as number);
   });
@@ -3747,10 +3727,7 @@ describe("an operator", () => {
         port: Number(new URL(server.url).port),
         socket: { data: () => {} },
       });
-      silent.write(
-        "GET /ws/ HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n" +
-          "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n",
-      );
+      silent.write(rawHandshake("/ws/", { plain: true }));
       ann.post("last words");
       await ann.untilMessages(1);
       server.kill(signal);

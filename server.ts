@@ -342,6 +342,23 @@ function readOrigins(list: string): readonly string[] {
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
 
+/** Logs an outage when it begins and when it ends, however often it shows in between. */
+class Outage {
+  #begun = false;
+
+  constructor(readonly log: Logger) {}
+
+  begins(line: string): void {
+    if (!this.#begun) this.log("error", line);
+    this.#begun = true;
+  }
+
+  ends(line: string): void {
+    if (this.#begun) this.log("error", line);
+    this.#begun = false;
+  }
+}
+
 /** Prints lines up to a level: errors to standard error, the rest to standard output. */
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
@@ -381,6 +398,8 @@ interface Here {
 
 /** Stores posts, gives each the next seq of its room, and tells {@link BrokerEvents} what happened to it. */
 interface Broker {
+  /** Begins; resolves when posts can be taken, or when it is clear that they cannot for now. */
+  start(): Promise<void>;
   /**
    * Opens a room's log and calls `opened` with its state. What is stored after that `last` is told to `stored`,
    * until `close`. Rejects when the store cannot be reached.
@@ -507,8 +526,7 @@ class SqliteBroker implements Broker {
   readonly #gatherer = new Gatherer((posts) => this.#commit(posts));
   #trimming: Timer | undefined;
   #expiring: Timer | undefined;
-  /** Whether the last commit failed: an outage is logged when it begins and when it ends. */
-  #failing = false;
+  readonly #outage: Outage;
 
   /** @throws StartError when the database cannot be opened and written */
   constructor(
@@ -519,6 +537,7 @@ class SqliteBroker implements Broker {
     const { db, lock } = openLocked(config);
     this.#db = db;
     this.#lock = lock;
+    this.#outage = new Outage(log);
     this.#insert = this.#db.query(INSERT_MESSAGE);
     this.#select = this.#db.query(
       "SELECT seq, at, name, key, text FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC LIMIT ?",
@@ -526,6 +545,9 @@ class SqliteBroker implements Broker {
     this.#transaction = this.#db.transaction((batches: Iterable<Batch>) => {
       for (const batch of batches) this.#store(batch);
     }).immediate;
+  }
+
+  async start(): Promise<void> {
     this.#expireRooms(0);
   }
 
@@ -586,13 +608,10 @@ class SqliteBroker implements Broker {
       if (posts.length === 1 && batch && batch.id !== 0) this.#store(batch);
       else this.#transaction(batches.values());
     } catch (error) {
-      if (!this.#failing)
-        this.log("error", `The database cannot be written, posts are refused: ${(error as Error).message}`);
-      this.#failing = true;
+      this.#outage.begins(`The database cannot be written, posts are refused: ${(error as Error).message}`);
       return this.events.refused(posts);
     }
-    if (this.#failing) this.log("error", "The database can be written again.");
-    this.#failing = false;
+    this.#outage.ends("The database can be written again.");
     // RULE 1: no await from the commit to here, nor in `stored`.
     for (const batch of batches.values()) this.#tell(batch);
   }
@@ -880,8 +899,8 @@ class RedisBroker implements Broker {
   #doubt = false;
   /** When messages were last told, on the monotonic clock. */
   #toldAt = -Infinity;
-  /** Whether the last posts were not taken: an outage is logged when it begins and when it ends. */
-  #failing = false;
+  /** Posts that Redis does not take. */
+  readonly #outage: Outage;
   /** Whether the feed is out of reach: rooms cannot be opened, posts are refused. */
   #away = true;
   #awayTimer: Timer | undefined;
@@ -896,6 +915,7 @@ class RedisBroker implements Broker {
     readonly events: BrokerEvents,
     readonly log: Logger,
   ) {
+    this.#outage = new Outage(log);
     try {
       connectRedis(config.redisUrl).close();
     } catch (error) {
@@ -903,7 +923,6 @@ class RedisBroker implements Broker {
     }
   }
 
-  /** Begins to follow the feed; resolves when Redis was reached, or when it is clear that it is away for now. */
   async start(): Promise<void> {
     const { promise, resolve } = Promise.withResolvers<void>();
     void this.#follow(resolve);
@@ -1009,11 +1028,9 @@ class RedisBroker implements Broker {
       const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
       for (const [i, post] of posts.entries())
         if ((seqs[i] as number) < 0) this.events.repeated(post, -(seqs[i] as number));
-      if (this.#failing) this.log("error", "Redis takes posts again.");
-      this.#failing = false;
+      this.#outage.ends("Redis takes posts again.");
     } catch (error) {
-      if (!this.#failing) this.log("error", `Redis does not take posts, they are refused: ${(error as Error).message}`);
-      this.#failing = true;
+      this.#outage.begins(`Redis does not take posts, they are refused: ${(error as Error).message}`);
       this.events.refused(posts);
     }
   }
@@ -1930,7 +1947,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   });
   const broker = config.redisUrl === "" ? new SqliteBroker(config, rooms, log) : new RedisBroker(config, rooms, log);
   rooms.broker = broker;
-  if (broker instanceof RedisBroker) await broker.start();
+  await broker.start();
   const handlers = makeHandlers(config, rooms, log);
   try {
     servers.push(listen(config, handlers));
@@ -1963,18 +1980,16 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
 
 /** Says when no file descriptor is free: nobody else can connect then, and Bun does not tell. */
 function watchDescriptors(log: Logger): Timer {
-  let exhausted = false;
+  const outage = new Outage(log);
   return setInterval(() => {
-    const before = exhausted;
+    let exhausted = false;
     try {
       closeSync(openSync("/dev/null", "r"));
-      exhausted = false;
     } catch (error) {
       exhausted = /^E[MN]FILE$/.test((error as { code?: string }).code ?? "");
     }
-    if (exhausted && !before)
-      log("error", "No file descriptor is free, nobody else can connect: raise the limit (ulimit -n, LimitNOFILE).");
-    if (!exhausted && before) log("error", "File descriptors are free again.");
+    if (!exhausted) return outage.ends("File descriptors are free again.");
+    outage.begins("No file descriptor is free, nobody else can connect: raise the limit (ulimit -n, LimitNOFILE).");
   }, 1000);
 }
 
