@@ -493,8 +493,37 @@ interface SqliteLog {
   /** The oldest row that is still in the table; trimming follows behind. */
   oldest: number;
   last: number;
-  /** The keys of the kept messages, oldest first. In memory, because an index on random keys costs ten times the insert. */
-  keys: Map<string, number> | undefined;
+  keys: KeyMap | undefined;
+}
+
+/**
+ * The keys of a room's kept messages. In memory, because an index on random keys costs ten times the insert. In two maps,
+ * of which the older is dropped as a whole, because a Map that loses its oldest entries one by one gets slow.
+ */
+class KeyMap {
+  #newer = new Map<string, number>();
+  #older: Map<string, number>;
+
+  /** @param keys those of the newest `history` messages, with their seqs */
+  constructor(
+    readonly history: number,
+    keys: Map<string, number>,
+  ) {
+    this.#older = keys;
+  }
+
+  /** The seq of a key, if its message is one of the newest `history` up to `last`. */
+  get(key: string, last: number): number | undefined {
+    const seq = this.#newer.get(key) ?? this.#older.get(key);
+    return seq !== undefined && seq > last - this.history ? seq : undefined;
+  }
+
+  set(key: string, seq: number): void {
+    this.#newer.set(key, seq);
+    if (this.#newer.size < this.history) return;
+    this.#older = this.#newer; // nothing in the older one is kept any longer: `history` messages came after it
+    this.#newer = new Map();
+  }
 }
 
 /** The messages of one room that are about to be stored together. */
@@ -626,7 +655,7 @@ class SqliteBroker implements Broker {
       batches.set(post.room, (batch = { log, id: log.id, messages: [], keys: new Map(), repeats: [] }));
     }
     const { log, messages, keys, repeats } = batch;
-    const known = post.key && (log.keys?.get(post.key) ?? keys.get(post.key));
+    const known = post.key && (log.keys?.get(post.key, log.last) ?? keys.get(post.key));
     if (known) return void repeats.push([post, known]);
     const seq = log.last + messages.length + 1;
     if (post.key) keys.set(post.key, seq);
@@ -649,28 +678,18 @@ class SqliteBroker implements Broker {
     log.id = id;
     log.last += messages.length;
     for (const [key, seq] of keys) log.keys?.set(key, seq);
-    this.#forgetKeys(log);
     if (messages.length > 0) this.events.stored(log.room, messages);
     for (const [post, seq] of repeats) this.events.repeated(post, seq);
     if (log.last - log.oldest + 1 >= this.config.history + TRIM_MESSAGES) this.#trimSoon(log);
   }
 
-  #loadKeys(log: SqliteLog): Map<string, number> {
+  #loadKeys(log: SqliteLog): KeyMap {
     const rows = this.#db
       .query<{ key: string; seq: number }, [number, number]>(
         "SELECT key, seq FROM messages WHERE room = ? AND seq > ? AND key IS NOT NULL ORDER BY seq",
       )
       .all(log.id, log.last - this.config.history);
-    return new Map(rows.map(({ key, seq }) => [key, seq]));
-  }
-
-  /** Forgets the keys of messages that are no longer kept: they stand first in the map. */
-  #forgetKeys(log: SqliteLog): void {
-    if (!log.keys) return;
-    for (const [key, seq] of log.keys) {
-      if (seq > log.last - this.config.history) break;
-      log.keys.delete(key);
-    }
+    return new KeyMap(this.config.history, new Map(rows.map(({ key, seq }) => [key, seq])));
   }
 
   /** Deletes the oldest messages of a room, a step at a time, so that posts get in between. */
