@@ -188,19 +188,21 @@ function parseFrame(data: string): ClientFrame | FrameError {
   if (typeof frame !== "object" || frame === null || !("type" in frame)) {
     return new FrameError("bad-frame", "The frame is not an object with a type.");
   }
-  const { type, ...rest } = frame as { type: unknown; [field: string]: unknown };
+  const given = frame as Record<string, unknown>;
+  const { type } = given;
   if (typeof type !== "string" || !Object.hasOwn(CLIENT_FIELDS, type)) {
     return new FrameError("bad-frame", `There is no such type. Types: ${Object.keys(CLIENT_FIELDS).join(", ")}.`);
   }
   const fields = CLIENT_FIELDS[type as ClientFrame["type"]];
-  for (const [field, kind] of Object.entries(fields)) {
-    if (typeof rest[field] !== kind) return new FrameError("bad-frame", `"${type}" needs a ${kind} "${field}".`);
+  for (const field in fields) {
+    if (typeof given[field] !== fields[field]) {
+      return new FrameError("bad-frame", `"${type}" needs a ${fields[field]} "${field}".`);
+    }
   }
-  if (Object.keys(rest).length !== Object.keys(fields).length) {
-    return new FrameError(
-      "bad-frame",
-      `"${type}" has no other fields than: ${["type", ...Object.keys(fields)].join(", ")}.`,
-    );
+  for (const field in given) {
+    if (field !== "type" && !Object.hasOwn(fields, field)) {
+      return new FrameError("bad-frame", `"${type}" has no "${field}".`);
+    }
   }
   return frame as ClientFrame;
 }
@@ -435,12 +437,11 @@ interface BrokerEvents {
   typing(room: string, name: string): void;
 }
 
-/** Collects posts to be stored together: those of one tick of the event loop, and under load those of {@link GATHER_MS}. */
+/** Collects posts to be stored together. After a quiet moment one is stored at once, under load those of {@link GATHER_MS}. */
 class Gatherer {
   #posts: Post[] = [];
   #characters = 0;
   #timer: Timer | undefined;
-  #immediate: ReturnType<typeof setImmediate> | undefined;
   /** When posts were last handed on, on the monotonic clock. */
   #flushedAt = -Infinity;
 
@@ -450,17 +451,15 @@ class Gatherer {
     this.#posts.push(post);
     this.#characters += post.text.length;
     if (this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS) return this.flush();
-    if (this.#timer || this.#immediate) return;
-    // After a quiet moment a post waits only for the end of this tick.
+    if (this.#timer) return;
     const quiet = performance.now() - this.#flushedAt;
-    if (quiet >= GATHER_MS) this.#immediate = setImmediate(() => this.flush());
+    if (quiet >= GATHER_MS) this.flush();
     else this.#timer = setTimeout(() => this.flush(), Math.ceil(GATHER_MS - quiet));
   }
 
   flush(): void {
     clearTimeout(this.#timer);
-    clearImmediate(this.#immediate);
-    this.#timer = this.#immediate = undefined;
+    this.#timer = undefined;
     const posts = this.#posts;
     if (posts.length === 0) return;
     this.#posts = [];
@@ -1557,14 +1556,13 @@ class Rooms implements BrokerEvents {
   /** Takes as many frames from the queue as the rate allows. */
   #drain(member: Member): void {
     member.draining = undefined;
-    const before = member.queueBytes;
     while (member.queue.length > 0 && this.#takeToken(member)) {
       const frame = member.queue.shift() as ClientFrame;
       member.queueBytes -= queueCost(frame);
-      this.#act(member, frame);
+      if (member.left) this.#leftBytes -= queueCost(frame);
+      this.#act(member, frame); // may end in `leave`, when the post cannot be stored
     }
     if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
-    if (member.left) this.#leftBytes -= before - member.queueBytes;
     if (member.queue.length > 0) this.#drainLater(member);
     else if (member.left) this.#release(member);
   }
