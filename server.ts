@@ -437,7 +437,7 @@ interface BrokerEvents {
   typing(room: string, name: string): void;
 }
 
-/** Collects posts to be stored together. After a quiet moment one is stored at once, under load those of {@link GATHER_MS}. */
+/** Collects posts to be stored together: after a quiet moment one at once, under load those of {@link GATHER_MS}. */
 class Gatherer {
   #posts: Post[] = [];
   #characters = 0;
@@ -450,11 +450,10 @@ class Gatherer {
   add(post: Post): void {
     this.#posts.push(post);
     this.#characters += post.text.length;
-    if (this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS) return this.flush();
-    if (this.#timer) return;
-    const quiet = performance.now() - this.#flushedAt;
-    if (quiet >= GATHER_MS) this.flush();
-    else this.#timer = setTimeout(() => this.flush(), Math.ceil(GATHER_MS - quiet));
+    const enough = this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
+    const quiet = !this.#timer && performance.now() - this.#flushedAt >= GATHER_MS;
+    if (enough || quiet) this.flush();
+    else this.#timer ??= setTimeout(() => this.flush(), GATHER_MS);
   }
 
   flush(): void {
