@@ -751,7 +751,7 @@ async function startUp(): Promise<void> {
 /** What a long history costs: sending, joining and paging, against a short one. */
 async function history(): Promise<void> {
   const started: { target: Target; crowd: Crowd; firstPost: number; messages: number }[] = [];
-  const load = { ...WARM_UP, clients: 10, senders: 10, inFlight: 1, seconds: 0.5 };
+  const load = { ...WARM_UP, clients: 10, senders: 10, inFlight: 1, seconds: 2 };
   for (const messages of [PAGE_MESSAGES, options.messages]) {
     const CHAT_DB = await makeDatabase(messages);
     const target = await startChat("normal", { CHAT_DB, CHAT_HISTORY: "10000000" });
