@@ -1069,91 +1069,129 @@ describe("Bun", () => {
   });
 });
 
-/** A client that keeps posting and, when cut, comes back with `epoch` and `after` and sends again what was not confirmed. */
-class Talker {
-  /** The log as this client knows it. */
-  readonly log: Message[] = [];
+/** Milliseconds that a client waits which found no server, or that people wait between two messages. */
+const REST_MS = 15;
+
+/**
+ * A client that posts all the time and keeps all it was ever told. When its connection ends, it goes to the next server,
+ * with `epoch` and `after`, and sends again what was not confirmed.
+ */
+class Mover {
+  /** What it was told: one record for each time that it started afresh. */
+  readonly records: { epoch: string; messages: Message[] }[] = [];
   /** What it posted and saw neither in the log nor acked, by key. */
   readonly outbox = new Map<string, string>();
-  /** Keys that were acked or seen. */
-  readonly confirmed = new Set<string>();
-  epoch: string | undefined;
-  holes = 0;
-  /** How often it resumed, and how often it was told to start afresh. */
+  /** Keys that were acked or seen, and the epoch of that log. */
+  readonly confirmed = new Map<string, string>();
+  /** How its connections ended. */
+  readonly closes: number[] = [];
   resumes = 0;
-  fresh = 0;
+  talking = true;
+  #server: number;
   #client: Client | undefined;
   #stopped = false;
+  #posted = 0;
 
   constructor(
     readonly name: string,
-    readonly url: () => string,
+    readonly servers: { url: string }[],
+    server: number,
+    readonly room = "",
+    readonly rest = REST_MS,
   ) {
+    this.#server = server;
     started.push(() => this.stop());
     void this.#run();
   }
 
+  /** The newest seq that it was told. */
+  get last(): number {
+    const record = this.records.at(-1);
+    return record?.messages.at(-1)?.seq ?? 0;
+  }
+
   async #run(): Promise<void> {
-    for (let keyNumber = 0; !this.#stopped;) {
+    for (; !this.#stopped; this.#server++) {
       try {
-        const after = this.log.at(-1)?.seq ?? 0;
-        const resume = this.epoch === undefined ? {} : { epoch: this.epoch, after };
-        const client = await Client.join(this.url(), { name: this.name, ...resume });
+        const { url } = this.servers[this.#server % this.servers.length] as { url: string };
+        const epoch = this.records.at(-1)?.epoch;
+        const resume = epoch === undefined ? {} : { epoch, after: this.last };
+        const client = await Client.connect(url, { room: this.room, name: this.name, ...resume });
         this.#client = client;
         client.ws.addEventListener("message", () => this.#take(client));
-        this.#take(client);
+        client.ws.addEventListener("close", ({ code }) => this.closes.push(code));
+        await client.until("the hello", () => this.#joined(client));
         for (const [key, text] of this.outbox) client.post(text, key);
-        while (client.ws.readyState === WebSocket.OPEN && !this.#stopped) {
-          const key = `${this.name}-${keyNumber++}`;
-          this.outbox.set(key, `text of ${key}`);
-          client.post(`text of ${key}`, key);
-          await client.settle();
-        }
+        while (client.ws.readyState === WebSocket.OPEN && !this.#stopped) await this.#talk(client);
       } catch {
-        await Bun.sleep(5); // the server is away: not a wait for something, only not to spin
+        await Bun.sleep(REST_MS); // the server is away: not a wait for something, only not to spin
       }
     }
+  }
+
+  readonly #met = new WeakSet<Client>();
+  #joined(client: Client): boolean {
+    return this.#met.has(client);
+  }
+
+  async #talk(client: Client): Promise<void> {
+    if (this.talking && this.outbox.size < 3) {
+      const key = `${this.name}-${this.#posted++}`;
+      this.outbox.set(key, `text of ${key}`);
+      client.post(`text of ${key}`, key);
+    }
+    await Bun.sleep(this.rest); // people do not talk without a break
   }
 
   /** Takes the frames that came since the last time. */
   #take(client: Client): void {
     for (const frame of client.frames.splice(0)) {
       if (frame.type === "hello") {
+        this.#met.add(client);
         if (frame.resumed) this.resumes++;
-        else this.fresh++;
-        if (!frame.resumed) this.log.length = 0;
-        this.epoch = frame.epoch;
+        else this.records.push({ epoch: frame.epoch, messages: [] });
       }
-      if (frame.type === "pong") client.frames.push(frame); // `settle` counts them
-      if (frame.type === "ack") this.#confirm(frame.key);
-      if (frame.type === "hello" || frame.type === "messages") for (const each of frame.messages) this.#add(each);
+      const { epoch, messages } = this.records.at(-1) as Mover["records"][0];
+      if (frame.type === "ack") this.#confirm(frame.key, epoch);
+      if (frame.type === "hello" || frame.type === "messages") {
+        messages.push(...frame.messages);
+        for (const { key } of frame.messages) if (key) this.#confirm(key, epoch);
+      }
     }
   }
 
-  #add(each: Message): void {
-    const last = this.log.at(-1);
-    if (last && each.seq !== last.seq + 1) this.holes++;
-    this.log.push(each);
-    if (each.key) this.#confirm(each.key);
+  #confirm(key: string, epoch: string): void {
+    if (this.outbox.delete(key)) this.confirmed.set(key, epoch);
   }
 
-  #confirm(key: string): void {
-    if (key.startsWith(`${this.name}-`)) this.confirmed.add(key);
-    this.outbox.delete(key);
-  }
-
-  /** Cuts the connection without a Close frame. */
-  cut(): void {
-    this.#client?.ws.terminate();
-  }
-
-  /** Waits until this client has seen `n` messages more. */
-  async sees(n: number): Promise<void> {
+  /** Waits until `n` posts more of this client were confirmed. */
+  async talks(n: number): Promise<void> {
     const wanted = this.confirmed.size + n;
     const loop = async () => {
       while (this.confirmed.size < wanted) await Bun.sleep(2); // polls what the other task of this client counts
     };
-    await within(loop(), `${n} more messages of ${this.name}`);
+    await within(loop(), `${n} more posts of ${this.name}`);
+  }
+
+  /** Posts no more; waits until all it posted is confirmed. */
+  async quiet(): Promise<void> {
+    this.talking = false;
+    const loop = async () => {
+      while (this.outbox.size > 0) await Bun.sleep(2); // polls, as above
+    };
+    await within(loop(), `the last posts of ${this.name}`);
+  }
+
+  /** Waits until this client was told all up to a seq. */
+  async reaches(seq: number): Promise<void> {
+    const loop = async () => {
+      while (this.last < seq) await Bun.sleep(2); // polls, as above
+    };
+    await within(loop(), `seq ${seq} at ${this.name}, which was told ${this.last},`);
+  }
+
+  cut(): void {
+    this.#client?.ws.terminate();
   }
 
   stop(): void {
@@ -1162,19 +1200,57 @@ class Talker {
   }
 }
 
-/** Compares what clients saw and were promised with the log: everything in it, once, in its order. */
-function expectKept(talkers: Talker[], log: Message[]): void {
+/** `count` movers spread over servers. */
+function movers(count: number, servers: { url: string }[], room = "", rest = REST_MS): Mover[] {
+  return Array.from({ length: count }, (_, i) => new Mover(`m${i}`, servers, i, room, rest));
+}
+
+const allTalk = (all: Mover[], n: number) => Promise.all(all.map((mover) => mover.talks(n)));
+
+/**
+ * Ends the talk, and compares what everyone was told and promised with the log, on every server: nothing confirmed is
+ * missing, nothing is doubled, one order, no holes, and nobody was left behind.
+ */
+async function expectOneChat(all: Mover[], servers: { url: string }[], room = ""): Promise<Message[]> {
+  await Promise.all(all.map((mover) => mover.quiet()));
+  // All is confirmed; the tail of a server may be a moment behind the one that confirmed it.
+  const lasts = await Promise.all(servers.map(async ({ url }) => (await readLog(url, room)).at(-1)?.seq ?? 0));
+  const whole = async ({ url }: { url: string }) => {
+    for (;;) {
+      const log = await readLog(url, room);
+      if ((log.at(-1)?.seq ?? 0) >= Math.max(...lasts)) return log;
+    }
+  };
+  const [log = [], ...others] = await within(Promise.all(servers.map(whole)), "the whole log on each server");
+  for (const other of others) expect(other).toEqual(log);
   expectDense(log);
   const keys = log.map(({ key }) => key as string);
   expect(new Set(keys).size).toBe(keys.length);
+  const last = (log.at(-1) as Message).seq;
+  await Promise.all(all.map((mover) => mover.reaches(last)));
+  const epoch = all[0]?.records.at(-1)?.epoch as string;
   const kept = new Set(keys);
-  for (const talker of talkers) {
-    expect(talker.holes).toBe(0);
-    expect(talker.log.length).toBeGreaterThan(0);
-    const from = (talker.log[0] as Message).seq - (log[0] as Message).seq;
-    expect(talker.log).toEqual(log.slice(from, from + talker.log.length));
-    expect([...talker.confirmed].filter((key) => !kept.has(key))).toEqual([]);
+  const old = new Map<string, Message>();
+  for (const { name, records, confirmed } of all) {
+    expect(records.at(-1)?.epoch).toBe(epoch);
+    for (const record of records) {
+      expectDense(record.messages);
+      if (record.epoch === epoch) {
+        const from = (record.messages[0]?.seq ?? 1) - (log[0] as Message).seq;
+        expect(record.messages).toEqual(log.slice(from, from + record.messages.length));
+      } else {
+        for (const each of record.messages) {
+          const place = `${record.epoch} ${each.seq}`;
+          expect(each).toEqual(old.get(place) ?? each); // a log that is gone was one and the same for all
+          old.set(place, each);
+        }
+      }
+    }
+    expect([...confirmed].filter(([key, of]) => of === epoch && !kept.has(key))).toEqual([]);
+    const own = log.filter(({ key }) => key?.startsWith(`${name}-`)).map(({ key }) => Number(key?.split("-")[1]));
+    expect([name, own]).toEqual([name, own.toSorted((a, b) => a - b)]); // what one client sends stays in its order
   }
+  return log;
 }
 
 describeStore("seen means stored", (make) => {
@@ -1182,17 +1258,16 @@ describeStore("seen means stored", (make) => {
     const env = { ...(await make()).env, CHAT_RATE: "0", PORT: String(await freePort()) };
     let server = await spawnServer(env);
     const { url } = server;
-    const talkers = Array.from({ length: 8 }, (_, i) => new Talker(`t${i}`, () => url));
+    const all = movers(8, [{ url }], "", 0);
     for (let kill = 0; kill < 6; kill++) {
-      await Promise.all(talkers.map((talker) => talker.sees(20)));
+      await allTalk(all, 20);
       server.kill("SIGKILL");
       await server.exited;
       server = await spawnServer(env);
     }
-    await Promise.all(talkers.map((talker) => talker.sees(20)));
-    for (const talker of talkers) talker.stop();
-    expectKept(talkers, await readLog(url));
-    for (const { resumes, fresh } of talkers) expect([resumes >= 6, fresh]).toEqual([true, 1]);
+    await allTalk(all, 20);
+    await expectOneChat(all, [{ url }]);
+    for (const { resumes, records } of all) expect([resumes >= 6, records.length]).toEqual([true, 1]);
   });
 });
 
@@ -1352,29 +1427,26 @@ describeStore("resume", (make) => {
   test("a client cut at random, again and again, ends with exactly the log", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0 });
     const random = randomFrom(7);
-    const talkers = Array.from({ length: 4 }, (_, i) => new Talker(`r${i}`, () => url));
+    const all = movers(4, [{ url }], "", 0);
     for (let cut = 0; cut < 40; cut++) {
-      const talker = talkers[Math.floor(random() * talkers.length)] as Talker;
-      await talker.sees(Math.floor(random() * 8));
-      talker.cut();
+      const mover = all[Math.floor(random() * all.length)] as Mover;
+      await mover.talks(Math.floor(random() * 8));
+      mover.cut();
     }
-    await Promise.all(talkers.map((talker) => talker.sees(5)));
-    for (const talker of talkers) talker.stop();
-    expectKept(talkers, await readLog(url));
-    for (const talker of talkers) expect(talker.fresh).toBe(1);
+    await allTalk(all, 5);
+    await expectOneChat(all, [{ url }]);
+    for (const { records } of all) expect(records).toHaveLength(1);
   });
 
   test("a client that joins while others talk misses nothing between hello and the first message", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0 });
-    const talkers = Array.from({ length: 3 }, (_, i) => new Talker(`j${i}`, () => url));
-    await talkers[0]?.sees(1);
+    await allTalk(movers(3, [{ url }], "", 0), 1);
     for (let i = 0; i < 50; i++) {
       const client = await Client.join(url);
       await client.until("messages after the hello", () => client.all("messages").length >= 2);
       expectDense(client.messages);
       client.ws.terminate();
     }
-    for (const talker of talkers) talker.stop();
   });
 
   test("a hundred long messages do not make a hello that fills a phone: older ones come by pages", async () => {
@@ -2584,13 +2656,12 @@ describe("with a certificate", () => {
     socket.destroy();
     return name;
   };
-  /** A chat.v1 client over TLS. */
-  const join2 = async (url: string, socket?: ReturnType<typeof connectTls>, name = "x") => {
-    const raw = socket ?? (await open(url));
-    const client = { text: "", closed: false, send: (frame: string) => raw.write(rawFrame(frame)) };
-    raw.on("data", (data) => (client.text += data));
-    raw.on("close", () => (client.closed = true));
-    raw.write(rawHandshake(`/ws/?name=${name}`));
+  /** A chat.v1 client over a connection that was made before. */
+  const joinOver = async (socket: ReturnType<typeof connectTls>) => {
+    const client = { text: "", closed: false, send: (frame: string) => socket.write(rawFrame(frame)) };
+    socket.on("data", (data) => (client.text += data));
+    socket.on("close", () => (client.closed = true));
+    socket.write(rawHandshake());
     await eventually("the hello", () => client.text.includes('"limits"'));
     return client;
   };
@@ -2598,12 +2669,12 @@ describe("with a certificate", () => {
   test("embedded: it is read again when asked, stays when the new one is bad, and nobody is cut", async () => {
     const files = certify("embedded");
     const { url, reloadTls } = await start({ tlsCert: files.cert, tlsKey: files.key });
-    const ann = await Client.join(url, { name: "Ann", tls: { rejectUnauthorized: false } });
+    const ann = await Client.join(url, { name: "Ann", tls });
     certify("renewed", "embedded");
     reloadTls();
     writeFileSync(files.key, "no key");
     expect(reloadTls).toThrow("cannot be used");
-    const bo = await Client.join(url, { name: "Bo", tls: { rejectUnauthorized: false } });
+    const bo = await Client.join(url, { name: "Bo", tls });
     ann.post("over the old certificate");
     bo.post("over the new one");
     for (const client of [ann, bo]) expect(await client.untilMessages(2)).toHaveLength(2);
@@ -2650,18 +2721,19 @@ describe("with a certificate", () => {
     const files = certify("one", "live");
     const server = await spawnServer({ ...files.env, CHAT_RATE: "0" });
     const errors = errorsOf(server);
-    const ann = await join2(server.url, undefined, "Ann");
+    const ann = await Client.join(server.url, { name: "Ann", tls });
     const idle = await open(server.url); // connected before, a client only afterwards
     expect(await nameOf(server.url)).toBe("one");
     certify("two", "live");
     server.kill("SIGHUP");
     await eventually("the new certificate", async () => (await nameOf(server.url).catch(() => "")) === "two");
-    const bo = await join2(server.url, undefined, "Bo");
-    const cy = await join2(server.url, idle, "Cy");
-    bo.send('{"type":"post","key":"k1","text":"to all"}');
-    ann.send('{"type":"typing"}');
-    for (const client of [ann, bo, cy]) await eventually("the post", () => client.text.includes('"to all"'));
-    for (const client of [bo, cy]) await eventually("the typing", () => client.text.includes('"typing","name":"Ann"'));
+    const bo = await Client.join(server.url, { name: "Bo", tls });
+    const cy = await joinOver(idle);
+    bo.post("to all");
+    ann.send({ type: "typing" });
+    await Promise.all([ann.untilMessages(1), bo.untilMessages(1)]);
+    expect((await bo.first("typing")).name).toBe("Ann");
+    for (const frame of ['"to all"', '"typing","name":"Ann"']) await eventually(frame, () => cy.text.includes(frame));
     copyFileSync(certify("three").key, files.key); // the key of another certificate
     server.kill("SIGHUP");
     await eventually("a line", () => /^The TLS files stay as they were\. .+another certificate\n/.test(errors.text));
@@ -2669,10 +2741,11 @@ describe("with a certificate", () => {
     server.kill("SIGHUP");
     await eventually("another line", () => errors.text.trim().split("\n").length === 2);
     expect(await nameOf(server.url)).toBe("two");
-    expect([ann.closed, bo.closed, cy.closed]).toEqual([false, false, false]);
+    expect([ann.ws.readyState, bo.ws.readyState, cy.closed]).toEqual([WebSocket.OPEN, WebSocket.OPEN, false]);
     server.kill("SIGTERM");
     expect(await within(server.exited, "the end")).toBe(0);
-    await eventually("the close", () => ann.closed && bo.closed && cy.closed);
+    await within(Promise.all([ann.closed, bo.closed]), "the close");
+    await eventually("the close", () => cy.closed);
   });
 
   test("that is renewed while a connection has yet to become a socket does not leave it deaf", async () => {
@@ -2682,7 +2755,7 @@ describe("with a certificate", () => {
     certify("two", "deaf");
     server.kill("SIGHUP");
     await eventually("the new certificate", async () => (await nameOf(server.url).catch(() => "")) === "two");
-    const ann = await join2(server.url, idle, "Ann");
+    const ann = await joinOver(idle);
     ann.send('{"type":"post","key":"k1","text":"does anybody hear me?"}');
     await eventually("its own post", () => ann.closed || ann.text.includes('"does anybody hear me?"')); // cut would be fine: it comes again
   });
@@ -2754,188 +2827,6 @@ async function spawnServers(count: number, url: string, env: Record<string, stri
 async function startServers(count: number, url: string, env: Record<string, string> = {}): Promise<{ url: string }[]> {
   const config = readConfig({ REDIS_URL: url, CHAT_RATE: "0", ...env });
   return Promise.all([start({ ...config, port: 0, logLevel: "silent" }), ...(await spawnServers(count - 1, url, env))]);
-}
-
-const REST_MS = 15;
-
-/**
- * A client that posts all the time and keeps all it was ever told. When its connection ends, it goes to the next server,
- * with `epoch` and `after`, and sends again what was not confirmed.
- */
-class Mover {
-  /** What it was told: one record for each time that it started afresh. */
-  readonly records: { epoch: string; messages: Message[] }[] = [];
-  /** What it posted and saw neither in the log nor acked, by key. */
-  readonly outbox = new Map<string, string>();
-  /** Keys that were acked or seen, and the epoch of that log. */
-  readonly confirmed = new Map<string, string>();
-  /** How its connections ended. */
-  readonly closes: number[] = [];
-  resumes = 0;
-  talking = true;
-  #server: number;
-  #client: Client | undefined;
-  #stopped = false;
-  #posted = 0;
-
-  constructor(
-    readonly name: string,
-    readonly servers: { url: string }[],
-    server: number,
-    readonly room = "",
-  ) {
-    this.#server = server;
-    started.push(() => this.stop());
-    void this.#run();
-  }
-
-  /** The newest seq that it was told. */
-  get last(): number {
-    const record = this.records.at(-1);
-    return record?.messages.at(-1)?.seq ?? 0;
-  }
-
-  async #run(): Promise<void> {
-    for (; !this.#stopped; this.#server++) {
-      try {
-        const { url } = this.servers[this.#server % this.servers.length] as { url: string };
-        const epoch = this.records.at(-1)?.epoch;
-        const resume = epoch === undefined ? {} : { epoch, after: this.last };
-        const client = await Client.connect(url, { room: this.room, name: this.name, ...resume });
-        this.#client = client;
-        client.ws.addEventListener("message", () => this.#take(client));
-        client.ws.addEventListener("close", ({ code }) => this.closes.push(code));
-        await client.until("the hello", () => this.#joined(client));
-        for (const [key, text] of this.outbox) client.post(text, key);
-        while (client.ws.readyState === WebSocket.OPEN && !this.#stopped) await this.#talk(client);
-      } catch {
-        await Bun.sleep(REST_MS); // the server is away: not a wait for something, only not to spin
-      }
-    }
-  }
-
-  readonly #met = new WeakSet<Client>();
-  #joined(client: Client): boolean {
-    return this.#met.has(client);
-  }
-
-  async #talk(client: Client): Promise<void> {
-    if (this.talking && this.outbox.size < 3) {
-      const key = `${this.name}-${this.#posted++}`;
-      this.outbox.set(key, `text of ${key}`);
-      client.post(`text of ${key}`, key);
-    }
-    await Bun.sleep(REST_MS); // people do not talk without a break
-  }
-
-  /** Takes the frames that came since the last time. */
-  #take(client: Client): void {
-    for (const frame of client.frames.splice(0)) {
-      if (frame.type === "hello") {
-        this.#met.add(client);
-        if (frame.resumed) this.resumes++;
-        else this.records.push({ epoch: frame.epoch, messages: [] });
-      }
-      const { epoch, messages } = this.records.at(-1) as Mover["records"][0];
-      if (frame.type === "ack") this.#confirm(frame.key, epoch);
-      if (frame.type === "hello" || frame.type === "messages") {
-        messages.push(...frame.messages);
-        for (const { key } of frame.messages) if (key) this.#confirm(key, epoch);
-      }
-    }
-  }
-
-  #confirm(key: string, epoch: string): void {
-    if (this.outbox.delete(key)) this.confirmed.set(key, epoch);
-  }
-
-  /** Waits until `n` posts more of this client were confirmed. */
-  async talks(n: number): Promise<void> {
-    const wanted = this.confirmed.size + n;
-    const loop = async () => {
-      while (this.confirmed.size < wanted) await Bun.sleep(2); // polls what the other task of this client counts
-    };
-    await within(loop(), `${n} more posts of ${this.name}`);
-  }
-
-  /** Posts no more; waits until all it posted is confirmed. */
-  async quiet(): Promise<void> {
-    this.talking = false;
-    const loop = async () => {
-      while (this.outbox.size > 0) await Bun.sleep(2); // polls, as above
-    };
-    await within(loop(), `the last posts of ${this.name}`);
-  }
-
-  /** Waits until this client was told all up to a seq. */
-  async reaches(seq: number): Promise<void> {
-    const loop = async () => {
-      while (this.last < seq) await Bun.sleep(2); // polls, as above
-    };
-    await within(loop(), `seq ${seq} at ${this.name}, which was told ${this.last},`);
-  }
-
-  cut(): void {
-    this.#client?.ws.terminate();
-  }
-
-  stop(): void {
-    this.#stopped = true;
-    this.cut();
-  }
-}
-
-/** `count` movers spread over servers. */
-function movers(count: number, servers: { url: string }[], room = ""): Mover[] {
-  return Array.from({ length: count }, (_, i) => new Mover(`m${i}`, servers, i, room));
-}
-
-const allTalk = (all: Mover[], n: number) => Promise.all(all.map((mover) => mover.talks(n)));
-
-/**
- * Ends the talk, and compares what everyone was told and promised with the log, on every server: nothing confirmed is
- * missing, nothing is doubled, one order, no holes, and nobody was left behind.
- */
-async function expectOneChat(all: Mover[], servers: { url: string }[], room = ""): Promise<Message[]> {
-  await Promise.all(all.map((mover) => mover.quiet()));
-  // All is confirmed; the tail of a server may be a moment behind the one that confirmed it.
-  const lasts = await Promise.all(servers.map(async ({ url }) => (await readLog(url, room)).at(-1)?.seq ?? 0));
-  const whole = async ({ url }: { url: string }) => {
-    for (;;) {
-      const log = await readLog(url, room);
-      if ((log.at(-1)?.seq ?? 0) >= Math.max(...lasts)) return log;
-    }
-  };
-  const [log = [], ...others] = await within(Promise.all(servers.map(whole)), "the whole log on each server");
-  for (const other of others) expect(other).toEqual(log);
-  expectDense(log);
-  const keys = log.map(({ key }) => key as string);
-  expect(new Set(keys).size).toBe(keys.length);
-  const last = (log.at(-1) as Message).seq;
-  await Promise.all(all.map((mover) => mover.reaches(last)));
-  const epoch = all[0]?.records.at(-1)?.epoch as string;
-  const kept = new Set(keys);
-  const old = new Map<string, Message>();
-  for (const { name, records, confirmed } of all) {
-    expect(records.at(-1)?.epoch).toBe(epoch);
-    for (const record of records) {
-      expectDense(record.messages);
-      if (record.epoch === epoch) {
-        const from = (record.messages[0]?.seq ?? 1) - (log[0] as Message).seq;
-        expect(record.messages).toEqual(log.slice(from, from + record.messages.length));
-      } else {
-        for (const each of record.messages) {
-          const place = `${record.epoch} ${each.seq}`;
-          expect(each).toEqual(old.get(place) ?? each); // a log that is gone was one and the same for all
-          old.set(place, each);
-        }
-      }
-    }
-    expect([...confirmed].filter(([key, of]) => of === epoch && !kept.has(key))).toEqual([]);
-    const own = log.filter(({ key }) => key?.startsWith(`${name}-`)).map(({ key }) => Number(key?.split("-")[1]));
-    expect([name, own]).toEqual([name, own.toSorted((a, b) => a - b)]); // what one client sends stays in its order
-  }
-  return log;
 }
 
 describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
