@@ -6,17 +6,18 @@
  *    socket ── text frame ──▶ receive     parses the frame, in the socket's dialect            Rooms.receive
  *                                │
  *                                ▼
- *                              pace       a token bucket for each sender: slows, never drops   Rooms.pace
+ *                              pace       a token bucket for each sender: slows, not drops     Rooms.#pace
  *                                │
  *                                ▼
  *                              broker     stores the post: it gets the room's next seq         Broker.append
  *                                │        only what is stored goes on
  *                                ▼
- *                              deliver    one frame for all that was stored together,          Rooms.stored
- *                                         server.publish(topic) ──▶ every socket of the room
+ *                              deliver    to chat.v1 one frame for all stored together, to     Rooms.stored
+ *                                         plain sockets one for each text: server.publish(topic)
  *
  * One direction, no way back. Two rules hold it together, and each is marked where it applies:
- *   RULE 1  no `await` between storing and publishing: the order stored is the order seen;
+ *   RULE 1  no `await` between storing and publishing: the order stored is the order seen (of what Redis has stored
+ *           one loop alone reads the order, and publishes it);
  *   RULE 2  no `await` between the last replayed message and `ws.subscribe`: nobody joins into a hole.
  *
  * Two dialects meet in every room. "Plain" sockets exchange bare texts. Sockets with the subprotocol `chat.v1` exchange
@@ -59,7 +60,7 @@ const PRESENCE_NAMES = 100;
 const PRESENCE_MS = 1000;
 /** Milliseconds within which a second `typing` of the same person is not passed on. */
 const TYPING_MS = 2000;
-/** Seconds' worth of posts that a sender who was silent may send at once. */
+/** Seconds' worth of frames that a sender who was silent may send at once. */
 const BURST_SECONDS = 10;
 /** Bytes that may wait in one sender's queue before its socket is read no further. */
 const QUEUE_BYTES = 1024 * 1024;
@@ -73,13 +74,13 @@ const BACKPRESSURE_BYTES = 512 * 1024;
 const IDLE_SECONDS = 50;
 /**
  * Milliseconds for which posts are gathered under load: not to be seen, and it saves a system call for every socket and
- * message. Whatever is done step by step beside the posts, or looks again and again, leaves them this time between.
+ * message. Also the pause between two steps of trimming and the like, and between two looks at something awaited.
  */
 const GATHER_MS = 6;
 /** Posts, and characters (UTF-16 units) of text, that end the gathering at once. */
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024;
-/** Messages that one step of trimming deletes, so that it never holds up a post for long. */
+/** Messages over CHAT_HISTORY at which trimming begins, and that one step of it deletes: few, not to hold up a post. */
 const TRIM_MESSAGES = 1000;
 /** Bytes of a request's body: a password and no more. */
 const MAX_BODY = 4096;
@@ -245,7 +246,7 @@ function roomOf(path: string): string | undefined {
 const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
 const SYNC_MODES = ["full", "normal"] as const;
 
-/** What a chat is started with: read once, checked once, frozen. */
+/** What a chat is started with: read and checked by {@link readConfig}, and frozen. */
 export interface Config {
   /** TCP port, 0 to 65535; 0 takes a free one. */
   readonly port: number;
@@ -261,9 +262,9 @@ export interface Config {
   readonly prefix: string;
   /** Messages kept in each room, 1 to 10,000,000. */
   readonly history: number;
-  /** Days after the last message until a room is forgotten with its history, 0 to 36,500; 0 is never. */
+  /** Days after the last message until a room is forgotten (by SQLite when nobody is in it), 0 to 36,500; 0 is never. */
   readonly idleDays: number;
-  /** Messages a second for each connection, 0 to 1,000,000; 0 is no limit. */
+  /** Frames a second of each connection, but for pings, 0 to 1,000,000; 0 is no limit. */
   readonly rate: number;
   /** Origins (`https://a.example`) or hosts (`a.example:8443`) whose pages may connect beside the server's own; `*` is any. */
   readonly origins: readonly string[];
@@ -325,7 +326,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   });
 }
 
-/** A list of origins or hosts, separated by commas, each as `URL` writes it. @throws StartError */
+/** A list of origins (as `URL` writes them) or hosts (as given), separated by commas. @throws StartError */
 function readOrigins(list: string): readonly string[] {
   const entries = list
     .split(",")
@@ -437,12 +438,15 @@ interface BrokerEvents {
   typing(room: string, name: string): void;
 }
 
-/** Collects posts to be stored together: after a quiet moment one at once, under load those of {@link GATHER_MS}. */
+/**
+ * Collects posts to be stored together. After {@link GATHER_MS} of quiet a post is stored at once; else with those that
+ * come within that time after it, or as soon as they are {@link GATHER_POSTS} or {@link GATHER_CHARACTERS}.
+ */
 class Gatherer {
   #posts: Post[] = [];
   #characters = 0;
   #timer: Timer | undefined;
-  /** When posts were last handed on, on the monotonic clock. */
+  /** When `store` last returned, on the monotonic clock: from then on it is quiet. */
   #flushedAt = -Infinity;
 
   constructor(readonly store: (posts: Post[]) => void) {}
@@ -488,15 +492,16 @@ interface SqliteLog {
   /** The room's row; 0 until its first message is stored, so that a visit alone leaves no trace. */
   id: number;
   readonly epoch: string;
-  /** The oldest row that is still in the table; trimming follows behind. */
+  /** The oldest row in the table: up to {@link TRIM_MESSAGES} more than are kept, until trimming begins. */
   oldest: number;
   last: number;
   keys: KeyMap | undefined;
 }
 
 /**
- * The keys of a room's kept messages. In memory, because an index on random keys costs ten times the insert. In two maps,
- * of which the older is dropped as a whole, because a Map that loses its oldest entries one by one gets slow.
+ * The keys of a room's kept messages, and of as many before them, which do not count. In memory, because an index on
+ * random keys costs ten times the insert. In two maps, of which the older is dropped as a whole, because a Map that
+ * loses its oldest entries one by one gets slow.
  */
 class KeyMap {
   #newer = new Map<string, number>();
@@ -586,7 +591,7 @@ class SqliteBroker implements Broker {
                            (SELECT max(seq) FROM messages WHERE room = id) AS last FROM rooms WHERE name = ?`,
       )
       .get(room);
-    const { id = 0, epoch = newEpoch(), oldest, last } = found ?? {};
+    const { id = 0, epoch = randomName(), oldest, last } = found ?? {};
     const log: SqliteLog = { room, id, epoch, oldest: oldest ?? 1, last: last ?? 0, keys: undefined };
     this.#logs.set(room, log);
     opened({ epoch, first: log.oldest, last: log.last });
@@ -707,8 +712,8 @@ class SqliteBroker implements Broker {
   }
 
   /**
-   * Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, as Redis does by itself:
-   * those from row `from` on, a step at a time. Each step looks anew, for a room may be used again at any time.
+   * Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}: those from row `from` on,
+   * a step at a time. Each step looks anew, for a room may be used again at any time.
    */
   #expireRooms(wait: number, from = 0): void {
     if (this.config.idleDays === 0) return;
@@ -746,8 +751,8 @@ class SqliteBroker implements Broker {
   }
 }
 
-/** A random name for a log: another log never has it. */
-function newEpoch(): string {
+/** A random name, for a log or a server: another one never has it. */
+function randomName(): string {
   return Buffer.from(crypto.getRandomValues(new Uint8Array(8))).toString("hex");
 }
 
@@ -816,7 +821,7 @@ const ALIVE_SECONDS = 9;
 /** Entries of the feed that are read at once. */
 const FEED_READ = 1000;
 /** Milliseconds that `stop` waits for Redis; with STOP_MS it is within the three seconds that a stop may take. */
-const DRAIN_MS = 800;
+const FINISH_MS = 800;
 /** Posts that are stored in one round trip at most. */
 const STORE_POSTS = 1000;
 /** Seconds that an empty room keeps its epoch when nobody posts. */
@@ -900,7 +905,7 @@ type StreamEntry = [id: string, fields: string[]];
 /** Keeps the logs in Redis, which any number of servers share. */
 class RedisBroker implements Broker {
   /** This server's name among those that share the Redis. */
-  readonly #server = newEpoch();
+  readonly #server = randomName();
   readonly #logs = new Map<string, RedisLog>();
   readonly #gatherer = new Gatherer((posts) => void this.#append(posts));
   /** Posts that are next, and whether others are being stored. */
@@ -914,7 +919,7 @@ class RedisBroker implements Broker {
   #tail: Bun.RedisClient | undefined;
   /** Whether messages may be missing: the feed was cut before it was read, or Redis lost it. The tail looks into the logs. */
   #doubt = false;
-  /** When messages were last told, on the monotonic clock. */
+  /** When few messages were last told, on the monotonic clock: after many there is no pause. */
   #toldAt = -Infinity;
   /** Posts that Redis does not take. */
   readonly #outage: Outage;
@@ -1003,15 +1008,15 @@ class RedisBroker implements Broker {
   async stop(): Promise<void> {
     this.#gatherer.flush();
     clearInterval(this.#heartbeat);
-    if (!this.#away) await inTime(this.#drain(), DRAIN_MS).catch(ignore);
+    if (!this.#away) await inTime(this.#finish(), FINISH_MS).catch(ignore);
     this.#stopped = true;
     clearTimeout(this.#awayTimer); // not before: Redis may have gone while it was waited for
     this.#commands?.close();
     this.#tail?.close();
   }
 
-  /** Waits until what this server has stored is told. */
-  async #drain(): Promise<void> {
+  /** Takes this server off the list, and waits until what it has stored is told. */
+  async #finish(): Promise<void> {
     while (this.#storing && !this.#stopped) await Bun.sleep(GATHER_MS);
     await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]);
     const last = (await this.#endOfFeed("newest")) ?? "0-0";
@@ -1039,7 +1044,7 @@ class RedisBroker implements Broker {
     for (const { room, at, name, text, key } of posts) {
       const log = this.#logs.get(room);
       // A log that had messages and is gone begins again with an epoch of its own.
-      args.push(room, log?.last === 0 ? log.epoch : newEpoch(), `${at}`, name, text, key ?? "");
+      args.push(room, log?.last === 0 ? log.epoch : randomName(), `${at}`, name, text, key ?? "");
     }
     try {
       const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
@@ -1094,10 +1099,11 @@ class RedisBroker implements Broker {
     const read = reply[feed] ?? [];
     for (const [id, fields] of read) {
       this.#cursor = id;
-      const [, room = "", kind, epoch = "", , seq = "", ...rest] = fields;
+      // A message: room, epoch, seq, at, name, text, key. A notice: room, from, what, name. Each field by name and value.
+      const [, room = "", second, epoch = "", , seq = "", ...rest] = fields;
       const log = this.#logs.get(room);
-      if (log && kind === "from") this.#hear(room, fields);
-      if (!log || kind !== "epoch") continue;
+      if (log && second === "from") this.#hear(room, fields);
+      if (!log || second !== "epoch") continue;
       const entries = byRoom.get(log) ?? [];
       entries.push({ epoch, message: streamMessage([seq, rest]) }); // the rest is as the log has it
       byRoom.set(log, entries);
@@ -1227,7 +1233,7 @@ class RedisBroker implements Broker {
   // ── Redis ──
 
   async #state(room: string, known?: RedisLog): Promise<LogState> {
-    const args = [this.config.prefix, room, newEpoch(), known?.epoch ?? "", `${known?.last ?? 0}`];
+    const args = [this.config.prefix, room, randomName(), known?.epoch ?? "", `${known?.last ?? 0}`];
     const state = await this.#run(OPEN_SCRIPT, args);
     const [epoch, oldest, last] = state as [string, string, string];
     return { epoch, first: Number.parseInt(oldest), last: Number(last) };
@@ -1357,7 +1363,7 @@ class Member {
     readonly roomName: string,
     /** Where it comes from, for the log. */
     readonly address: string,
-    /** The dialect: `chat.v1`, or plain. */
+    /** Whether it speaks `chat.v1`; else plain. */
     readonly chat: boolean,
     public name: string,
     /** Whether the name that was asked for could not be given. */
@@ -1382,6 +1388,7 @@ class Room {
   /** Settles when the log is open; the three below are true from then on. */
   opened!: Promise<void>;
   epoch = "";
+  /** The oldest seq as it was then. */
   oldest = 1;
   /** The newest seq that was delivered here. */
   last = 0;
@@ -1460,7 +1467,11 @@ class Rooms implements BrokerEvents {
     let hello = "";
     if (member.chat) {
       room.joining.add(missed);
-      hello = await this.#hello(room, member.resume).finally(() => room.joining.delete(missed));
+      try {
+        hello = await this.#hello(room, member.resume);
+      } finally {
+        room.joining.delete(missed);
+      }
     }
     // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
     const { ws } = member;
@@ -1525,7 +1536,7 @@ class Rooms implements BrokerEvents {
     });
   }
 
-  /** The oldest seq that counts as kept; rows before it are about to be trimmed. */
+  /** The oldest seq that counts as kept; rows before it are trimmed in time. */
   #first(room: Room): number {
     return Math.max(room.oldest, room.last - this.config.history + 1);
   }
@@ -1664,7 +1675,7 @@ class Rooms implements BrokerEvents {
     room.last += messages.length;
     this.#forgetHellos(room);
     for (const missed of room.joining) missed.push(...messages);
-    // RULE 1: still the same tick as the commit. `publish` says how the slowest reader did: nothing to act on.
+    // RULE 1: still the tick in which SQLite has committed, or Redis's feed was read. `publish` says how the slowest reader did: nothing to act on.
     if (room.chatCount > 0) this.publish(room.chatTopic, encode({ type: "messages", messages }));
     if (room.plainCount > 0) for (const { text } of messages) this.publish(room.plainTopic, text);
   }
@@ -1733,7 +1744,10 @@ class Rooms implements BrokerEvents {
 
   // ── Going ──
 
-  /** A socket closed. What it sent too fast is still sent: a script that posts 300 lines and ends loses none. */
+  /**
+   * A socket closed. What it sent too fast is still sent: a script that posts 300 lines and ends loses none, unless
+   * {@link LEFT_BYTES} wait already or the server stops.
+   */
   leave(ws: Socket, code: number): void {
     const member = ws.data;
     if (member.lockedOut) return;
@@ -1800,8 +1814,9 @@ function badName(): FrameError {
 
 function queueCost(frame: ClientFrame): number {
   // All its strings: a key or a name that is too long is refused only when its turn comes.
-  if (frame.type === "post") return QUEUE_FRAME_BYTES + frame.text.length + (frame.key?.length ?? 0);
-  return QUEUE_FRAME_BYTES + (frame.type === "name" ? frame.name.length : 0);
+  if (frame.type === "post")
+    return QUEUE_FRAME_BYTES + Buffer.byteLength(frame.text) + Buffer.byteLength(frame.key ?? "");
+  return QUEUE_FRAME_BYTES + (frame.type === "name" ? Buffer.byteLength(frame.name) : 0);
 }
 
 function describe(room: string): string {
@@ -1824,7 +1839,7 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
 function addressOf(request: Request, server: Bun.Server<Member>, proxies: number): string {
   const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 that came to an IPv6 socket
   if (proxies === 0) return socket;
-  // Each proxy appends the address that it was reached from. Counted from the right, what a client made up is never reached.
+  // Each proxy appends the address that it was reached from. Counted from the right, what a client made up is not reached.
   const forwarded =
     request.headers
       .get("x-forwarded-for")
@@ -1940,7 +1955,7 @@ export interface Chat {
   readonly url: string;
   /** Reads the TLS files again, for connections from now on; nobody is cut. @throws StartError when they are bad: the old stay */
   reloadTls(): void;
-  /** Stops accepting, stores and delivers what waits, closes sockets with 1001 and the store. Takes at most 3 s. */
+  /** Stops accepting, stores and delivers what was taken, closes sockets with 1001 and the store. Takes at most 3 s. */
   stop(): Promise<void>;
 }
 
