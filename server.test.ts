@@ -969,6 +969,7 @@ const MALFORMED = [
   '{"type":"name","name":null}',
   '{"type":"typing","name":"x"}',
   '{"type":"ping","x":1}',
+  `{"type":"ping","${"x".repeat(60_000)}":1}`,
   `${"[".repeat(10_000)}${"]".repeat(10_000)}`,
   `{"type":"post","key":"k","text":${"[".repeat(10_000)}${"]".repeat(10_000)}}`,
 ];
@@ -980,7 +981,8 @@ describe("a malformed frame", () => {
     for (const frame of MALFORMED) {
       const ann = await Client.join(url, { name: "Ann" });
       ann.send(frame);
-      expect([frame.slice(0, 60), (await ann.first("error")).code]).toEqual([frame.slice(0, 60), "bad-frame"]);
+      const { code, text } = await ann.first("error");
+      expect([frame.slice(0, 60), code, text.length < 200]).toEqual([frame.slice(0, 60), "bad-frame", true]);
       await ann.settle(); // the connection stays open
       await ann.leave();
     }

@@ -202,7 +202,8 @@ function parseFrame(data: string): ClientFrame | FrameError {
   }
   for (const field in given) {
     if (field !== "type" && !Object.hasOwn(fields, field)) {
-      return new FrameError("bad-frame", `"${type}" has no "${field}".`);
+      const known = ["type", ...Object.keys(fields)].join(", ");
+      return new FrameError("bad-frame", `"${type}" has no other fields than: ${known}.`); // and not what was sent: it may be long
     }
   }
   return frame as ClientFrame;
