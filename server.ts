@@ -16,8 +16,8 @@
  *                                         plain sockets one for each text: server.publish(topic)
  *
  * One direction, no way back. Two rules hold it together, and each is marked where it applies:
- *   RULE 1  no `await` between storing and publishing: the order stored is the order seen (of what Redis has stored
- *           one loop alone reads the order, and publishes it);
+ *   RULE 1  no `await` between storing (with Redis: one loop's reading what was stored) and publishing: the order stored
+ *           is the order seen;
  *   RULE 2  no `await` between the last replayed message and `ws.subscribe`: nobody joins into a hole.
  *
  * Two dialects meet in every room. "Plain" sockets exchange bare texts. Sockets with the subprotocol `chat.v1` exchange
