@@ -441,33 +441,43 @@ interface BrokerEvents {
 
 /**
  * Collects posts to be stored together. After {@link GATHER_MS} of quiet a post is stored at once; else with those that
- * come within that time after it, or as soon as they are {@link GATHER_POSTS} or {@link GATHER_CHARACTERS}.
+ * come within that time after it: less when they are {@link GATHER_POSTS} or {@link GATHER_CHARACTERS} before, or when
+ * there is nobody to wait for.
  */
 class Gatherer {
   #posts: Post[] = [];
   #characters = 0;
   #timer: Timer | undefined;
+  #immediate: ReturnType<typeof setImmediate> | undefined;
   /** When `store` last returned, on the monotonic clock: from then on it is quiet. */
   #flushedAt = -Infinity;
+  /** Who posted the last time, and has not yet again. */
+  #awaited = new Set<Member>();
 
   constructor(readonly store: (posts: Post[]) => void) {}
 
   add(post: Post): void {
     this.#posts.push(post);
     this.#characters += post.text.length;
+    this.#awaited.delete(post.sender);
     const enough = this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
-    const quiet = !this.#timer && performance.now() - this.#flushedAt >= GATHER_MS;
+    const quiet = !this.#timer && !this.#immediate && performance.now() - this.#flushedAt >= GATHER_MS;
     if (enough || quiet) this.flush();
+    // All who posted last time have posted again, as programs do that wait for their own message: no more will come. Not
+    // before the end of this tick, for what was read together belongs together.
+    else if (this.#awaited.size === 0) this.#immediate ??= setImmediate(() => this.flush());
     else this.#timer ??= setTimeout(() => this.flush(), GATHER_MS);
   }
 
   flush(): void {
     clearTimeout(this.#timer);
-    this.#timer = undefined;
+    clearImmediate(this.#immediate);
+    this.#timer = this.#immediate = undefined;
     const posts = this.#posts;
     if (posts.length === 0) return;
     this.#posts = [];
     this.#characters = 0;
+    this.#awaited = new Set(posts.map(({ sender }) => sender));
     this.store(posts);
     this.#flushedAt = performance.now();
   }
