@@ -142,7 +142,9 @@ const PAGES = 300;
 /** Rooms of two clients each; fewer when a process may not open so many sockets. */
 const MANY_ROOMS = 10_000;
 /** Messages a second over all rooms: so few that none are gathered, neither in many rooms nor in one. */
-const ROOMS_RATE = 200;
+const ROOMS_RATE = 125;
+/** Messages a second to rooms with a short and a long history: few, for the short one to stay short. */
+const HISTORY_RATE = 1000;
 /** Seconds of one round over all rooms. */
 const ROOMS_SECONDS = 2;
 /** Connections that are being made at a time. */
@@ -751,13 +753,14 @@ async function startUp(): Promise<void> {
 /** What a long history costs: sending, joining and paging, against a short one. */
 async function history(): Promise<void> {
   const started: { target: Target; crowd: Crowd; firstPost: number; messages: number }[] = [];
-  const load = { ...WARM_UP, clients: 10, senders: 10, inFlight: 1, seconds: 2 };
+  const load: Load = { ...WARM_UP, clients: 10, senders: 10, rate: HISTORY_RATE, seconds: 2 };
   for (const messages of [PAGE_MESSAGES, options.messages]) {
     const CHAT_DB = await makeDatabase(messages);
     const target = await startChat("normal", { CHAT_DB, CHAT_HISTORY: "10000000" });
     await warmUp(target, true);
     const crowd = await gather(target, true, load, FILLED_ROOM);
-    const { p50: firstPost } = await round(target, [crowd], { ...load, seconds: 0 }, crowd.clients.slice(0, 1));
+    const one: Load = { ...load, rate: undefined, inFlight: 1, seconds: 0 };
+    const { p50: firstPost } = await round(target, [crowd], one, crowd.clients.slice(0, 1));
     started.push({ target, crowd, firstPost, messages });
   }
   const measure =
