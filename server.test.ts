@@ -175,10 +175,7 @@ class Redis {
   async run(...args: string[]): Promise<void> {
     const options = ["--port", `${this.port}`, "--dir", this.folder, "--appendonly", "yes", "--appendfsync", "always"];
     this.#process = Bun.spawn([REDIS_SERVER as string, ...options, "--save", "", ...args], { stdout: "ignore" });
-    const answers = async () => {
-      while ((await this.command("PING").catch(() => "")) !== "PONG") await Bun.sleep(10); // until it listens
-    };
-    await within(answers(), "an answer of Redis");
+    await eventually("an answer of Redis", async () => (await this.command("PING").catch(() => "")) === "PONG");
   }
 
   async command(command: string, ...args: string[]): Promise<unknown> {
@@ -277,6 +274,15 @@ async function within<T>(promise: Promise<T>, what: string): Promise<T> {
     timer = setTimeout(() => reject(new Error(`${what} did not come in ${DEADLINE_MS} ms`)), DEADLINE_MS);
   });
   return Promise.race([promise, late]).finally(() => clearTimeout(timer));
+}
+
+/** Waits for something that no event tells. */
+async function eventually(what: string, done: () => unknown): Promise<void> {
+  const end = performance.now() + DEADLINE_MS;
+  while (!(await done())) {
+    if (performance.now() > end) throw new Error(`${what} did not come in ${DEADLINE_MS} ms`);
+    await Bun.sleep(5);
+  }
 }
 
 type Frame<T extends ServerFrame["type"]> = Extract<ServerFrame, { type: T }>;
@@ -537,11 +543,7 @@ class Tab {
 
   /** Waits until a function in the page says yes. */
   async until<A extends unknown[]>(what: string, inPage: (...args: A) => unknown, ...args: A): Promise<void> {
-    const end = performance.now() + DEADLINE_MS;
-    while (!(await this.run(inPage, ...args))) {
-      if (performance.now() > end) throw new Error(`${what} did not come in ${DEADLINE_MS} ms`);
-      await Bun.sleep(10);
-    }
+    await eventually(what, () => this.run(inPage, ...args));
   }
 
   /** Types a text into the field and sends it with Enter. */
@@ -1091,6 +1093,8 @@ class Mover {
   talking = true;
   #server: number;
   #client: Client | undefined;
+  /** The one that was said hello to last. */
+  #met: Client | undefined;
   #stopped = false;
   #posted = 0;
 
@@ -1122,18 +1126,13 @@ class Mover {
         this.#client = client;
         client.ws.addEventListener("message", () => this.#take(client));
         client.ws.addEventListener("close", ({ code }) => this.closes.push(code));
-        await client.until("the hello", () => this.#joined(client));
+        await client.until("the hello", () => this.#met === client);
         for (const [key, text] of this.outbox) client.post(text, key);
         while (client.ws.readyState === WebSocket.OPEN && !this.#stopped) await this.#talk(client);
       } catch {
         await Bun.sleep(REST_MS); // the server is away: not a wait for something, only not to spin
       }
     }
-  }
-
-  readonly #met = new WeakSet<Client>();
-  #joined(client: Client): boolean {
-    return this.#met.has(client);
   }
 
   async #talk(client: Client): Promise<void> {
@@ -1149,7 +1148,7 @@ class Mover {
   #take(client: Client): void {
     for (const frame of client.frames.splice(0)) {
       if (frame.type === "hello") {
-        this.#met.add(client);
+        this.#met = client;
         if (frame.resumed) this.resumes++;
         else this.records.push({ epoch: frame.epoch, messages: [] });
       }
@@ -1169,27 +1168,18 @@ class Mover {
   /** Waits until `n` posts more of this client were confirmed. */
   async talks(n: number): Promise<void> {
     const wanted = this.confirmed.size + n;
-    const loop = async () => {
-      while (this.confirmed.size < wanted) await Bun.sleep(2); // polls what the other task of this client counts
-    };
-    await within(loop(), `${n} more posts of ${this.name}`);
+    await eventually(`${n} more posts of ${this.name}`, () => this.confirmed.size >= wanted);
   }
 
   /** Posts no more; waits until all it posted is confirmed. */
   async quiet(): Promise<void> {
     this.talking = false;
-    const loop = async () => {
-      while (this.outbox.size > 0) await Bun.sleep(2); // polls, as above
-    };
-    await within(loop(), `the last posts of ${this.name}`);
+    await eventually(`the last posts of ${this.name}`, () => this.outbox.size === 0);
   }
 
   /** Waits until this client was told all up to a seq. */
   async reaches(seq: number): Promise<void> {
-    const loop = async () => {
-      while (this.last < seq) await Bun.sleep(2); // polls, as above
-    };
-    await within(loop(), `seq ${seq} at ${this.name}, which was told ${this.last},`);
+    await eventually(`seq ${seq} at ${this.name}`, () => this.last >= seq);
   }
 
   cut(): void {
@@ -1205,6 +1195,17 @@ class Mover {
 /** `count` movers spread over servers. */
 function movers(count: number, servers: { url: string }[], room = "", rest = REST_MS): Mover[] {
   return Array.from({ length: count }, (_, i) => new Mover(`m${i}`, servers, i, room, rest));
+}
+
+/** People who talk over servers that share one Redis, as `launch` starts them. */
+async function moversOver<Server extends { url: string }>(
+  launch: (count: number, url: string) => Promise<Server[]>,
+  count: number,
+  people: number,
+): Promise<{ redis: Redis; servers: Server[]; all: Mover[] }> {
+  const redis = await ownRedis();
+  const servers = await launch(count, redis.url);
+  return { redis, servers, all: movers(people, servers) };
 }
 
 const allTalk = (all: Mover[], n: number) => Promise.all(all.map((mover) => mover.talks(n)));
@@ -1672,14 +1673,6 @@ class Raw {
 /** MiB of memory that a process holds. */
 function memoryOf(pid: number): number {
   return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
-}
-
-/** Waits for something that no event tells. */
-async function eventually(what: string, done: () => boolean | Promise<boolean>): Promise<void> {
-  const loop = async () => {
-    while (!(await done())) await Bun.sleep(10);
-  };
-  await within(loop(), what);
 }
 
 /** Collects what a process says on standard error. */
@@ -2562,6 +2555,7 @@ describe("when the machine is at its end", () => {
         if (sent % 10 === 0) await Promise.race([ann.settle().catch(() => {}), ann.closed]);
       }
       expect((await within(ann.closed, "the close")).code).toBe(1013);
+      await eventually("a line", () => errors.text !== "");
       expect(errors.text).toBe("The database cannot be written, posts are refused: database or disk is full\n");
       await bo.settle(); // who only reads is not cut
       const seen = bo.messages;
@@ -2570,6 +2564,7 @@ describe("when the machine is at its end", () => {
       const again = await Client.join(server.url);
       again.post("room again");
       await again.until("its post", () => again.messages.some(({ text }) => text === "room again"));
+      await eventually("another line", () => errors.text.trim().includes("\n"));
       expect(errors.text).toEndWith("\nThe database can be written again.\n");
       server.kill("SIGKILL");
       await server.exited;
@@ -2831,6 +2826,14 @@ async function startServers(count: number, url: string, env: Record<string, stri
   return Promise.all([start({ ...config, port: 0, logLevel: "silent" }), ...(await spawnServers(count - 1, url, env))]);
 }
 
+/** Servers of one chat, `direct` ones and then one that reaches the Redis over a wire. */
+async function startWired(direct: number): Promise<{ wire: Wire; servers: { url: string }[] }> {
+  const redis = await ownRedis();
+  const wire = await Wire.to(redis);
+  const wired = startServers(1, `redis://${wire.address}`);
+  return { wire, servers: [...(await startServers(direct, redis.url)), ...(await wired)] };
+}
+
 describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
   test("forty clients of both dialects over three servers see the same messages in the same order", async () => {
     const redis = await ownRedis();
@@ -2866,9 +2869,7 @@ describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
   });
 
   test("a client goes from server to server and misses nothing, and never has to start afresh", async () => {
-    const redis = await ownRedis();
-    const servers = await startServers(3, redis.url);
-    const all = movers(9, servers);
+    const { servers, all } = await moversOver(startServers, 3, 9);
     const random = randomFrom(3);
     for (let cut = 0; cut < 60; cut++) {
       const mover = all[Math.floor(random() * all.length)] as Mover;
@@ -2976,12 +2977,8 @@ describe.skipIf(!REDIS_SERVER)("a server that was cut off for a moment", () => {
 
 describe.skipIf(!REDIS_SERVER)("resume on a server that is behind", () => {
   test("waits until that server knows what the client has seen, and gives exactly what was missed", async () => {
-    const redis = await ownRedis();
-    const wire = await Wire.to(redis);
-    const [one, other] = [
-      ...(await startServers(1, redis.url)),
-      ...(await startServers(1, `redis://${wire.address}`)),
-    ] as [{ url: string }, { url: string }];
+    const { wire, servers } = await startWired(1);
+    const [one, other] = servers as [{ url: string }, { url: string }];
     const bo = await Client.join(other.url, { name: "Bo" });
     const ann = await Client.join(one.url, { name: "Ann" });
     ann.post("one");
@@ -3093,20 +3090,23 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
       const stats = (await redis.command("INFO", "commandstats")) as string;
       return Number(/cmdstat_set:.*rejected_calls=(\d+)/.exec(stats)?.[1] ?? 0);
     };
-    const tried = async () => {
-      while ((await refused()) < 3) await Bun.sleep(10); // until the servers have tried to say all three changes
-    };
-    await within(tried(), "what could not be written");
+    await eventually("that the servers have tried to say all three changes", async () => (await refused()) >= 3);
     await redis.command("CONFIG", "SET", "maxmemory", "0");
     for (const client of [ann, bo]) await sees(client, 2, "Anna", "Bo");
   });
 });
 
+/** Somebody on each server in a room where one message was posted, and no more will be. */
+async function joinQuiet(servers: { url: string }[]): Promise<Client[]> {
+  const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
+  quiet[0]?.post("in the old log");
+  for (const client of quiet) await client.untilMessages(1);
+  return quiet;
+}
+
 describe.skipIf(!REDIS_SERVER)("a fault", () => {
   test("a server killed with kill -9 under load: its clients go to another, and nothing is lost or doubled", async () => {
-    const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
-    const all = movers(12, servers);
+    const { redis, servers, all } = await moversOver(spawnServers, 3, 12);
     for (let kill = 0; kill < 3; kill++) {
       await allTalk(all, 10);
       const killed = servers[kill] as ServerProcess;
@@ -3120,9 +3120,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis killed with kill -9 and started again with its append-only file", async () => {
-    const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
-    const all = movers(12, servers);
+    const { redis, servers, all } = await moversOver(spawnServers, 3, 12);
     for (let kill = 0; kill < 3; kill++) {
       await allTalk(all, 10);
       await redis.kill();
@@ -3133,24 +3131,17 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis frozen: everyone is sent to try again, and goes on when it is back", async () => {
-    const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
-    const all = movers(12, servers);
+    const { redis, servers, all } = await moversOver(spawnServers, 3, 12);
     await allTalk(all, 10);
     redis.signal("SIGSTOP");
-    const away = async () => {
-      while (!all.every(({ closes }) => closes.includes(1013))) await Bun.sleep(10); // until each was told
-    };
-    await within(away(), "the close of every connection");
+    await eventually("the close of every connection", () => all.every(({ closes }) => closes.includes(1013)));
     redis.signal("SIGCONT");
     await allTalk(all, 10);
     await expectOneChat(all, servers);
   });
 
   test("the connections between one server and Redis cut, again and again", async () => {
-    const redis = await ownRedis();
-    const wire = await Wire.to(redis);
-    const servers = [...(await startServers(2, redis.url)), ...(await startServers(1, `redis://${wire.address}`))];
+    const { wire, servers } = await startWired(2);
     const all = movers(12, servers);
     for (let cut = 0; cut < 10; cut++) {
       await allTalk(all, 3);
@@ -3162,9 +3153,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("the connections between one server and Redis silent: nobody stays on the deaf server, and it hears again", async () => {
-    const redis = await ownRedis();
-    const wire = await Wire.to(redis);
-    const servers = [...(await startServers(2, redis.url)), ...(await startServers(1, `redis://${wire.address}`))];
+    const { wire, servers } = await startWired(2);
     const all = movers(6, servers);
     const listener = await Client.join((servers[2] as { url: string }).url);
     await allTalk(all, 10);
@@ -3187,9 +3176,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("the connections between one server and Redis silent for a moment, then dropped", async () => {
-    const redis = await ownRedis();
-    const wire = await Wire.to(redis);
-    const servers = [...(await startServers(2, redis.url)), ...(await startServers(1, `redis://${wire.address}`))];
+    const { wire, servers } = await startWired(2);
     const all = movers(9, servers);
     for (let moment = 0; moment < 3; moment++) {
       await allTalk(all, 5);
@@ -3206,12 +3193,8 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis started again empty: a new epoch, and everyone starts afresh", async () => {
-    const redis = await ownRedis();
-    const servers = await spawnServers(3, redis.url);
-    const all = movers(9, servers);
-    const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
-    quiet[0]?.post("in the old log");
-    for (const client of quiet) await client.untilMessages(1);
+    const { redis, servers, all } = await moversOver(spawnServers, 3, 9);
+    const quiet = await joinQuiet(servers);
     await allTalk(all, 10);
     await redis.kill();
     rmSync(join(redis.folder, "appendonlydir"), { recursive: true });
@@ -3224,12 +3207,8 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("FLUSHALL under everyone's feet: a new epoch, and everyone starts afresh, in quiet rooms too", async () => {
-    const redis = await ownRedis();
-    const servers = await startServers(3, redis.url);
-    const all = movers(9, servers);
-    const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
-    quiet[0]?.post("in the old log");
-    for (const client of quiet) await client.untilMessages(1);
+    const { redis, servers, all } = await moversOver(startServers, 3, 9);
+    const quiet = await joinQuiet(servers);
     await allTalk(all, 10);
     await redis.command("FLUSHALL");
     await allTalk(all, 10);
@@ -3260,9 +3239,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis that takes no writes: nothing is acked, nobody hangs, and it goes on when it does again", async () => {
-    const redis = await ownRedis();
-    const servers = await startServers(3, redis.url);
-    const all = movers(9, servers);
+    const { redis, servers, all } = await moversOver(startServers, 3, 9);
     const { port } = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } }); // a master that says nothing
     const refusals = [
       [
@@ -3278,10 +3255,8 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
       await allTalk(all, 5);
       await redis.command(refuse, ...no);
       const closes = all.map(({ closes }) => closes.length);
-      const told = async () => {
-        while (!all.every((mover, i) => mover.closes.length > (closes[i] as number))) await Bun.sleep(5);
-      };
-      await within(told(), "a close of every connection");
+      const told = () => all.every((mover, i) => mover.closes.length > (closes[i] as number));
+      await eventually("a close of every connection", told);
       await redis.command(accept, ...yes);
       await allTalk(all, 5);
     }
@@ -3315,9 +3290,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("SCRIPT FLUSH is not noticed", async () => {
-    const redis = await ownRedis();
-    const servers = await startServers(2, redis.url);
-    const all = movers(4, servers);
+    const { redis, servers, all } = await moversOver(startServers, 2, 4);
     for (let flush = 0; flush < 5; flush++) {
       await allTalk(all, 3);
       await redis.command("SCRIPT", "FLUSH");
@@ -4533,21 +4506,14 @@ describe("without a layout", () => {
     prepare(window);
     page.content = await (await fetch(url)).text();
     const document = window.document;
-    const until = async (what: string, done: () => unknown) => {
-      const end = performance.now() + DEADLINE_MS;
-      while (!done()) {
-        if (performance.now() > end) throw new Error(`${what} did not come in ${DEADLINE_MS} ms`);
-        await Bun.sleep(5);
-      }
-    };
     const $ = (selector: string) => document.querySelector(selector) as HTMLElement & HTMLTextAreaElement;
     const rows = () => [...document.querySelectorAll(".message")] as HTMLElement[];
-    await until("the connection", () => $("#status").dataset.state === "online");
+    await eventually("the connection", () => $("#status").dataset.state === "online");
     const say = (text: string) => {
       $("#text").value = text;
       $("#send").click();
     };
-    return { window, until, $, rows, say };
+    return { window, $, rows, say };
   }
 
   test("the page speaks Chinese or English", async () => {
@@ -4572,10 +4538,10 @@ describe("without a layout", () => {
     const page = await openPage(url);
     page.say("hi Bo");
     expect(page.rows()[0]!.dataset.state).toBe("pending");
-    await page.until("the confirmation", () => page.rows()[0]!.dataset.state === "sent");
+    await eventually("the confirmation", () => page.rows()[0]!.dataset.state === "sent");
     await bo.untilMessages(1);
     bo.post("hi you");
-    await page.until("the answer", () => page.rows().length === 2);
+    await eventually("the answer", () => page.rows().length === 2);
     expect(page.rows()[1]!.querySelector(".text")!.textContent).toBe("hi you");
   });
 
@@ -4599,6 +4565,6 @@ describe("without a layout", () => {
       Object.defineProperty(window, "Notification", { value: undefined });
     });
     page.say("still here");
-    await page.until("the confirmation", () => page.rows()[0]?.dataset.state === "sent");
+    await eventually("the confirmation", () => page.rows()[0]?.dataset.state === "sent");
   });
 });

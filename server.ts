@@ -202,8 +202,8 @@ function parseFrame(data: string): ClientFrame | FrameError {
   }
   for (const field in given) {
     if (field !== "type" && !Object.hasOwn(fields, field)) {
-      const known = ["type", ...Object.keys(fields)].join(", ");
-      return new FrameError("bad-frame", `"${type}" has no other fields than: ${known}.`); // and not what was sent: it may be long
+      const known = ["type", ...Object.keys(fields)].join(", "); // and not what was sent: it may be long
+      return new FrameError("bad-frame", `"${type}" has no other fields than: ${known}.`);
     }
   }
   return frame as ClientFrame;
@@ -461,7 +461,7 @@ class Gatherer {
     this.#characters += post.text.length;
     this.#awaited.delete(post.sender);
     const enough = this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
-    const quiet = !this.#timer && !this.#immediate && performance.now() - this.#flushedAt >= GATHER_MS;
+    const quiet = this.#posts.length === 1 && performance.now() - this.#flushedAt >= GATHER_MS;
     if (enough || quiet) this.flush();
     // All who posted last time have posted again, as programs do that wait for their own message: no more will come. Not
     // before the end of this tick, for what was read together belongs together.
@@ -967,7 +967,7 @@ class RedisBroker implements Broker {
     if (this.#away) throw new Error("Redis cannot be reached");
     const log: RedisLog = { room, epoch: "", last: undefined, early: [], here: "" };
     this.#logs.set(room, log);
-    const state = await this.#state(room);
+    const state = await this.#state(log);
     log.epoch = state.epoch;
     log.last = state.last;
     opened(state);
@@ -1164,7 +1164,7 @@ class RedisBroker implements Broker {
     // Never the start of an empty feed: from there nobody could tell what was cut off.
     this.#cursor ??= (await this.#endOfFeed("newest")) ?? ((await this.#feed("here", "", "")) as string);
     const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
-    const states = await Promise.all(logs.map((log) => this.#state(log.room, log)));
+    const states = await Promise.all(logs.map((log) => this.#state(log)));
     for (const [i, log] of logs.entries()) {
       const { epoch, last } = states[i] as LogState;
       if (epoch === log.epoch) await this.#fill(log, last);
@@ -1243,8 +1243,8 @@ class RedisBroker implements Broker {
 
   // ── Redis ──
 
-  async #state(room: string, known?: RedisLog): Promise<LogState> {
-    const args = [this.config.prefix, room, randomName(), known?.epoch ?? "", `${known?.last ?? 0}`];
+  async #state({ room, epoch: known, last: told = 0 }: RedisLog): Promise<LogState> {
+    const args = [this.config.prefix, room, randomName(), known, `${told}`];
     const state = await this.#run(OPEN_SCRIPT, args);
     const [epoch, oldest, last] = state as [string, string, string];
     return { epoch, first: Number.parseInt(oldest), last: Number(last) };
@@ -1579,8 +1579,9 @@ class Rooms implements BrokerEvents {
     member.draining = undefined;
     while (member.queue.length > 0 && this.#takeToken(member)) {
       const frame = member.queue.shift() as ClientFrame;
-      member.queueBytes -= queueCost(frame);
-      if (member.left) this.#leftBytes -= queueCost(frame);
+      const cost = queueCost(frame);
+      member.queueBytes -= cost;
+      if (member.left) this.#leftBytes -= cost;
       this.#act(member, frame); // may end in `leave`, when the post cannot be stored
     }
     if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
@@ -1686,7 +1687,8 @@ class Rooms implements BrokerEvents {
     room.last += messages.length;
     this.#forgetHellos(room);
     for (const missed of room.joining) missed.push(...messages);
-    // RULE 1: still the tick in which SQLite has committed, or Redis's feed was read. `publish` says how the slowest reader did: nothing to act on.
+    // RULE 1: still the tick in which SQLite has committed, or Redis's feed was read. `publish` says how the slowest
+    // reader did: nothing to act on.
     if (room.chatCount > 0) this.publish(room.chatTopic, encode({ type: "messages", messages }));
     if (room.plainCount > 0) for (const { text } of messages) this.publish(room.plainTopic, text);
   }
