@@ -3058,9 +3058,11 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
     await Client.join(two.url, { name: "Cy" });
     await sees(bo, 3, "Ann", "Bo", "Cy"); // this second's presence is out: the next waits
     await redis.command("HSET", "chat:room:", "epoch", "0123456789abcdef"); // another log: everyone has to come back
-    ann.post("to the other log");
-    for (const client of [ann, bo]) expect((await within(client.closed, "the close")).code).toBe(1013);
+    ann.post("to the log that is gone", "k");
+    expect((await within(ann.closed, "the close")).code).toBe(1013);
     const again = await Client.join(one.url, { name: "Ann" });
+    again.post("to the other log", "k");
+    expect((await within(bo.closed, "the close")).code).toBe(1013);
     const bea = await Client.join(two.url, { name: "Bea" });
     for (const client of [again, bea]) await sees(client, 2, "Ann", "Bea");
     await Client.join(two.url, { name: "Di" });
@@ -3215,6 +3217,40 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     for (const client of quiet) expect((await within(client.closed, "the close")).code).toBe(1013); // while others talk
     const log = await expectOneChat(all, servers);
     expect(log[0]?.seq).toBe(1);
+  });
+
+  test("Redis came back without what the sender saw: a post is not stored there before those that were lost", async () => {
+    const redis = await ownRedis();
+    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const losses = [["FLUSHALL"], ["HSET", "chat:room:", "last", "1"]] as [string, ...string[]][]; // all of it, or the newest
+    for (const loss of losses) {
+      const ann = await Client.join(url);
+      for (const text of ["one", "two"]) ann.post(text);
+      await ann.untilMessages(2);
+      const { epoch } = await ann.first("hello");
+      await redis.command(...loss);
+      ann.post("three");
+      expect((await within(ann.closed, "the close")).code).toBe(1013);
+      const bo = await Client.join(url, { epoch, after: 2 });
+      const hello = await bo.first("hello");
+      expect([hello.resumed, hello.epoch === epoch, textsOf(hello.messages).includes("three")]).toEqual([
+        false,
+        false,
+        false,
+      ]);
+    }
+  });
+
+  test("Redis came back empty: what a plain client posts is stored there, for it sends nothing again", async () => {
+    const redis = await ownRedis();
+    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const plain = await Client.join(url, { plain: true });
+    plain.send("one");
+    await plain.untilTexts(1);
+    await redis.command("FLUSHALL");
+    plain.send("two");
+    expect((await within(plain.closed, "the close")).code).toBe(1013);
+    expect(textsOf(await readLog(url))).toEqual(["two"]);
   });
 
   test("Redis started again with an older state: the log that was lost is not taken for the new one", async () => {

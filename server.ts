@@ -411,7 +411,7 @@ interface Broker {
   open(room: string, opened: (state: LogState) => void): Promise<void>;
   /** Ends what `open` began, when the last member has left. */
   close(room: string): void;
-  /** Takes a post to store. Its outcome comes as an event: `stored`, `repeated` or `refused`. */
+  /** Takes a post to store. Its outcome comes as an event: `stored`, `repeated` or `refused`, or the room is `lost`. */
   append(post: Post): void;
   /** Messages of an open room with `from <= seq <= to`, ascending: the newest `limit` and {@link PAGE_BYTES} of them. */
   read(room: string, from: number, to: number, limit: number): Promise<Message[]>;
@@ -838,23 +838,36 @@ const STORE_POSTS = 1000;
 /** Seconds that an empty room keeps its epoch when nobody posts. */
 const EMPTY_SECONDS = 3600;
 
-/** ARGV: prefix, history, seconds until an idle room expires (0: never), then room, epoch, at, name, text, key of each post. */
+/**
+ * ARGV: prefix, history, seconds until an idle room expires (0: never); then of each post the room, the epoch and the last that
+ * are known here ("": any will do), a new epoch, at, name, text, key. Returns of each the seq that it got, minus the one that
+ * it had already, or 0: it was not stored, because Redis came back without what is known here. What was sent before it
+ * may be lost too, and has to come again first. As in {@link OPEN_SCRIPT}, the log must not pass for the old.
+ */
 const APPEND_SCRIPT = `
 local prefix, history, idle = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 local seqs = {}
-for i = 4, #ARGV, 6 do
-  local room, epoch, at, name, text, key = unpack(ARGV, i, i + 5)
+for i = 4, #ARGV, 8 do
+  local room, known, told, new, at, name, text, key = unpack(ARGV, i, i + 7)
   local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
-  local known = key ~= '' and redis.call('HGET', keys, key)
-  if known then
-    seqs[#seqs + 1] = -known
+  local epoch, last = unpack(redis.call('HMGET', meta, 'epoch', 'last'))
+  local same = known == '' or (epoch or new) == known and tonumber(last or 0) >= tonumber(told)
+  local stored = same and key ~= '' and redis.call('HGET', keys, key)
+  if not same then
+    if epoch == known then redis.call('HSET', meta, 'epoch', new) end
+    seqs[#seqs + 1] = 0
+  elseif stored then
+    seqs[#seqs + 1] = -stored
   else
-    if redis.call('HSETNX', meta, 'epoch', epoch) == 1 then redis.call('DEL', log, keys) end
+    if not epoch then
+      redis.call('DEL', log, keys)
+      redis.call('HSET', meta, 'epoch', new)
+    end
     local seq = redis.call('HINCRBY', meta, 'last', 1)
     redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
     if key ~= '' then redis.call('HSET', keys, key, seq) end
-    redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch',
-      redis.call('HGET', meta, 'epoch'), 'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
+    redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch or new,
+      'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
     if seq > history and seq % 100 == 0 then
       local old = redis.call('XRANGE', log, '-', (seq - history) .. '-0', 'COUNT', ${TRIM_MESSAGES})
       for _, entry in ipairs(old) do redis.call('HDEL', keys, entry[2][8]) end
@@ -1052,15 +1065,21 @@ class RedisBroker implements Broker {
     if (posts.length === 0) return;
     const { prefix, history, idleDays } = this.config;
     const args = [prefix, `${history}`, `${idleDays * DAY_SECONDS}`];
-    for (const { room, at, name, text, key } of posts) {
-      const log = this.#logs.get(room);
-      // A log that had messages and is gone begins again with an epoch of its own.
-      args.push(room, log?.last === 0 ? log.epoch : randomName(), `${at}`, name, text, key ?? "");
+    const logs = posts.map(({ room }) => this.#logs.get(room));
+    for (const [i, { room, at, name, text, key }] of posts.entries()) {
+      const { epoch = "", last = 0 } = logs[i] ?? {};
+      // A plain client sends nothing again: what it posts may go to any log. One that was empty and expired goes on as it was.
+      args.push(room, key === undefined ? "" : epoch, `${last}`, (last === 0 && epoch) || randomName());
+      args.push(`${at}`, name, text, key ?? "");
     }
     try {
       const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
-      for (const [i, post] of posts.entries())
-        if ((seqs[i] as number) < 0) this.events.repeated(post, -(seqs[i] as number));
+      for (const [i, post] of posts.entries()) {
+        const seq = seqs[i] as number;
+        const log = logs[i];
+        if (seq < 0) this.events.repeated(post, -seq);
+        else if (seq === 0 && log) this.#lose(log);
+      }
       this.#outage.ends("Redis takes posts again.");
     } catch (error) {
       this.#outage.begins(`Redis does not take posts, they are refused: ${(error as Error).message}`);
