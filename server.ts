@@ -1894,18 +1894,21 @@ interface Tries {
 class Access {
   /** Signs cookies and hashes what is compared. Made slowly from the password, so that a stolen cookie is no quick way to it. */
   readonly #key: Buffer;
+  /** The cookie's name: of each password another, since a browser keeps one jar for all the ports of a host. */
+  readonly #cookie: string;
   /** The addresses that gave wrong passwords, the longest silent first. */
   readonly #tries = new Map<string, Tries>();
 
   constructor(readonly config: Config) {
     this.#key = config.password === "" ? Buffer.alloc(0) : scryptSync(config.password, "chat session", 32);
+    this.#cookie = `chat-${this.#hash("name of the cookie").toString("hex").slice(0, 8)}`;
   }
 
   /** Undefined when the request may come in, else the refusal. */
   check(request: Request, server: Bun.Server<Member>): Response | undefined {
     if (this.config.password === "") return undefined;
     const { headers } = request;
-    const cookie = new Bun.CookieMap(headers.get("cookie") ?? "").get("chat");
+    const cookie = new Bun.CookieMap(headers.get("cookie") ?? "").get(this.#cookie);
     if (cookie && this.#isSession(cookie)) return undefined;
     const bearer = /^Bearer (.*)$/i.exec(headers.get("authorization") ?? "")?.[1];
     if (bearer !== undefined) return this.#try(bearer, request, server);
@@ -1923,7 +1926,8 @@ class Access {
     const secure =
       this.config.tlsCert !== "" || (this.config.proxies > 0 && request.headers.get("x-forwarded-proto") === "https");
     const attributes = `Path=/; Max-Age=${SESSION_SECONDS}; HttpOnly; SameSite=Strict${secure ? "; Secure" : ""}`;
-    return new Response(null, { status: 204, headers: { "Set-Cookie": `chat=${this.#newSession()}; ${attributes}` } });
+    const cookie = `${this.#cookie}=${this.#newSession()}; ${attributes}`;
+    return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
   }
 
   /** Compares a password in constant time, and makes an address that guesses wait. */
