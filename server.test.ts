@@ -195,6 +195,12 @@ class Redis {
     this.signal("SIGKILL");
     await this.#process?.exited;
   }
+
+  /** From here on it forgets, when it is killed, what came after `SAVE`. */
+  async saveOnlyWhenTold(): Promise<void> {
+    await this.command("CONFIG", "SET", "appendonly", "no");
+    rmSync(join(this.folder, "appendonlydir"), { recursive: true });
+  }
 }
 
 /** A TCP proxy: the network between a server and its Redis, or between a page and its server. */
@@ -2840,11 +2846,11 @@ async function startServers(count: number, url: string, env: Record<string, stri
 }
 
 /** Servers of one chat, `direct` ones and then one that reaches the Redis over a wire. */
-async function startWired(direct: number): Promise<{ wire: Wire; servers: { url: string }[] }> {
+async function startWired(direct: number): Promise<{ redis: Redis; wire: Wire; servers: { url: string }[] }> {
   const redis = await ownRedis();
   const wire = await Wire.to(redis);
   const wired = startServers(1, `redis://${wire.address}`);
-  return { wire, servers: [...(await startServers(direct, redis.url)), ...(await wired)] };
+  return { redis, wire, servers: [...(await startServers(direct, redis.url)), ...(await wired)] };
 }
 
 describe.skipIf(!REDIS_SERVER)("several servers with one Redis", () => {
@@ -3232,26 +3238,16 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     expect(log[0]?.seq).toBe(1);
   });
 
-  test("Redis came back without what the sender saw: a post is not stored there before those that were lost", async () => {
+  test("Redis came back empty: a post is not stored there before those that were lost", async () => {
     const redis = await ownRedis();
     const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
-    const losses = [["FLUSHALL"], ["HSET", "chat:room:", "last", "1"]] as [string, ...string[]][]; // all of it, or the newest
-    for (const loss of losses) {
-      const ann = await Client.join(url);
-      for (const text of ["one", "two"]) ann.post(text);
-      await ann.untilMessages(2);
-      const { epoch } = await ann.first("hello");
-      await redis.command(...loss);
-      ann.post("three");
-      expect((await within(ann.closed, "the close")).code).toBe(1013);
-      const bo = await Client.join(url, { epoch, after: 2 });
-      const hello = await bo.first("hello");
-      expect([hello.resumed, hello.epoch === epoch, textsOf(hello.messages).includes("three")]).toEqual([
-        false,
-        false,
-        false,
-      ]);
-    }
+    const ann = await Client.join(url);
+    ann.post("one");
+    await ann.untilMessages(1);
+    await redis.command("FLUSHALL");
+    ann.post("two");
+    expect((await within(ann.closed, "the close")).code).toBe(1013);
+    expect(await readLog(url)).toEqual([]);
   });
 
   test("Redis came back empty: what a plain client posts is stored there, for it sends nothing again", async () => {
@@ -3266,25 +3262,42 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     expect(textsOf(await readLog(url))).toEqual(["two"]);
   });
 
-  test("Redis started again with an older state: the log that was lost is not taken for the new one", async () => {
+  test("Redis started again with an older state, while all talk: a new epoch, and everyone starts afresh", async () => {
+    const { redis, servers, all } = await moversOver(spawnServers, 3, 9);
+    await redis.saveOnlyWhenTold();
+    await allTalk(all, 10);
+    await redis.command("SAVE");
+    await allTalk(all, 10);
+    await redis.kill();
+    await redis.run("--appendonly", "no");
+    await allTalk(all, 10);
+    await expectOneChat(all, servers);
+    for (const { records } of all) expect(records.length).toBeGreaterThanOrEqual(2);
+  });
+
+  test("Redis started again with an older state: the log is not taken for the one that somebody who is away has seen", async () => {
     const redis = await ownRedis();
-    const [one, two] = (await spawnServers(2, redis.url)) as [ServerProcess, ServerProcess];
+    const servers = await spawnServers(2, redis.url);
+    const [one, two] = servers as [ServerProcess, ServerProcess];
+    await redis.saveOnlyWhenTold();
     const ann = await Client.join(one.url);
     const { epoch } = await ann.first("hello");
-    for (let i = 1; i <= 10; i++) ann.post(`m${i}`);
-    await ann.untilMessages(10);
-    await redis.command("XTRIM", "chat:log:", "MAXLEN", "0"); // what a Redis that saves now and then would come back with
-    await redis.command("XSETID", "chat:log:", "0-0").catch(() => redis.command("DEL", "chat:log:"));
-    await redis.command("DEL", "chat:keys:");
-    await redis.command("HSET", "chat:room:", "last", "0");
+    ann.post("kept");
+    await ann.untilMessages(1);
+    await redis.command("SAVE");
+    for (let i = 1; i <= 10; i++) ann.post(`lost ${i}`);
+    await ann.untilMessages(11);
+    await ann.leave(); // no server has the room open, or remembers how far it was
     await redis.kill();
-    await redis.run();
-    expect((await within(ann.closed, "the close")).code).toBe(1013);
-    const bo = await Client.join(two.url);
-    for (let i = 1; i <= 20; i++) bo.post(`n${i}`);
-    await bo.untilMessages(20);
-    const again = await Client.join(one.url, { epoch, after: 10 });
-    expect((await again.first("hello")).resumed).toBe(false);
+    await redis.run("--appendonly", "no");
+    const talkers = movers(4, servers);
+    await allTalk(talkers, 10);
+    const log = await expectOneChat(talkers, servers);
+    expect(log[0]?.text).toBe("kept");
+    for (const { url } of [one, two]) {
+      const { resumed } = await (await Client.join(url, { epoch, after: 11 })).first("hello");
+      expect(resumed).toBe(false);
+    }
   });
 
   test("Redis that takes no writes: nothing is acked, nobody hangs, and it goes on when it does again", async () => {
@@ -3424,6 +3437,23 @@ describe.skipIf(!REDIS_SERVER)("a room that nobody uses", () => {
         expect(await ttl(redis, key)).toBeLessThanOrEqual(to);
       }
     }
+  });
+
+  test("stays in Redis while somebody is in it", async () => {
+    const { redis, wire, servers } = await startWired(1);
+    const [one, wired] = servers as [{ url: string }, { url: string }];
+    const keys = ["chat:room:", "chat:log:", "chat:keys:"];
+    const expireSoon = () => Promise.all(keys.map((key) => redis.command("EXPIRE", key, "60")));
+    const stay = async () => (await Promise.all(keys.map((key) => ttl(redis, key)))).every((seconds) => seconds > 3000);
+    const ann = await Client.join(wired.url);
+    ann.post("hi");
+    await ann.untilMessages(1);
+    await expireSoon();
+    await Client.join(one.url); // it is opened by another server
+    expect(await stay()).toBe(true);
+    await expireSoon();
+    wire.cut(); // or looked at again
+    await eventually("rooms that stay", stay);
   });
 
   test("that was only visited leaves one key that expires, and none of who was there", async () => {

@@ -263,7 +263,7 @@ export interface Config {
   readonly prefix: string;
   /** Messages kept in each room, 1 to 10,000,000. */
   readonly history: number;
-  /** Days after the last message until a room is forgotten (by SQLite when nobody is in it), 0 to 36,500; 0 is never. */
+  /** Days after the last message until a room is forgotten when nobody is in it, 0 to 36,500; 0 is never. */
   readonly idleDays: number;
   /** Frames a second of each connection, but for pings, 0 to 1,000,000; 0 is no limit. */
   readonly rate: number;
@@ -806,9 +806,10 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
 
 // ─── Broker: Redis, for more than one server ─────────────────────────────────────────────────────────────────────────
 //
-// Keys, after CHAT_PREFIX:   room:<room>   hash: epoch, last          log:<room>   stream: the messages, `<seq>-0` each
+// Keys, after CHAT_PREFIX:   room:<room>   hash: epoch, last …        log:<room>   stream: the messages, `<seq>-0` each
 //                            keys:<room>   hash: key → seq            feed         stream: what happened, in all rooms
 //                            here:<server>:<room>   presence          servers      sorted set: the servers that live
+//                            generation    a name: another one when Redis has lost something
 //
 // A post is stored by one script, which dedups, counts and writes log and feed in one step. Every server follows the feed
 // on a connection of its own: it alone publishes, in the order it reads. Streams, not pub/sub: after an outage the
@@ -835,38 +836,59 @@ const FEED_READ = 1000;
 const FINISH_MS = 800;
 /** Posts that are stored in one round trip at most. */
 const STORE_POSTS = 1000;
-/** Seconds that an empty room keeps its epoch when nobody posts. */
-const EMPTY_SECONDS = 3600;
+/** Seconds that a room lives at least after it was opened; while it is open, that is done again twice in that time. */
+const OPEN_SECONDS = 3600;
 
 /**
- * ARGV: prefix, history, seconds until an idle room expires (0: never); then of each post the room, the epoch and the last that
- * are known here ("": any will do), a new epoch, at, name, text, key. Returns of each the seq that it got, minus the one that
- * it had already, or 0: it was not stored, because Redis came back without what is known here. What was sent before it
- * may be lost too, and has to come again first. As in {@link OPEN_SCRIPT}, the log must not pass for the old.
+ * What every script begins with. ARGV: prefix, the generation and the end of the feed that are known here, a new name.
+ * Redis may come back without what it had, or with an older state of it: what this server has read of the feed is missing
+ * then. From there on everything is of another generation, and each log gets another epoch before it is used again.
  */
-const APPEND_SCRIPT = `
-local prefix, history, idle = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
-local seqs = {}
-for i = 4, #ARGV, 8 do
-  local room, known, told, new, at, name, text, key = unpack(ARGV, i, i + 7)
+const SCRIPT_HEAD = `
+local prefix, known, read, new = unpack(ARGV, 1, 4)
+local generation = redis.call('GET', prefix .. 'generation')
+local kept = generation == known and redis.call('XREVRANGE', prefix .. 'feed', read, '-', 'COUNT', 1)[1]
+if not generation or kept and kept[1] ~= read then -- older ones are there: it was not trimmed, it is lost
+  generation = new
+  redis.call('SET', prefix .. 'generation', generation)
+end
+local function open(room)
   local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
-  local epoch, last = unpack(redis.call('HMGET', meta, 'epoch', 'last'))
-  local same = known == '' or (epoch or new) == known and tonumber(last or 0) >= tonumber(told)
+  local epoch, of = unpack(redis.call('HMGET', meta, 'epoch', 'generation'))
+  if not epoch then
+    redis.call('DEL', log, keys)
+    redis.call('HSET', meta, 'last', 0)
+    redis.call('EXPIRE', meta, ${OPEN_SECONDS})
+  end
+  if of ~= generation then
+    epoch = new
+    redis.call('HSET', meta, 'epoch', epoch, 'generation', generation)
+  end
+  return epoch, meta, log, keys
+end`;
+
+/**
+ * ARGV: history, seconds until an idle room expires (0: never), then of each post the room, its epoch as it is known here
+ * ("": any will do), at, name, text, key. Returns of each the seq that it got, minus the one that it had already, or 0: the log
+ * is another one, and what its sender posted before may be lost, and has to come again first.
+ */
+const APPEND_SCRIPT = `${SCRIPT_HEAD}
+local history, idle = tonumber(ARGV[5]), tonumber(ARGV[6])
+local seqs = {}
+for i = 7, #ARGV, 6 do
+  local room, expected, at, name, text, key = unpack(ARGV, i, i + 5)
+  local epoch, meta, log, keys = open(room)
+  local same = expected == '' or expected == epoch
   local stored = same and key ~= '' and redis.call('HGET', keys, key)
   if not same then
-    if epoch == known then redis.call('HSET', meta, 'epoch', new) end
     seqs[#seqs + 1] = 0
   elseif stored then
     seqs[#seqs + 1] = -stored
   else
-    if not epoch then
-      redis.call('DEL', log, keys)
-      redis.call('HSET', meta, 'epoch', new)
-    end
     local seq = redis.call('HINCRBY', meta, 'last', 1)
     redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
     if key ~= '' then redis.call('HSET', keys, key, seq) end
-    redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch or new,
+    redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch,
       'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
     if seq > history and seq % 100 == 0 then
       local old = redis.call('XRANGE', log, '-', (seq - history) .. '-0', 'COUNT', ${TRIM_MESSAGES})
@@ -879,31 +901,25 @@ for i = 4, #ARGV, 8 do
     seqs[#seqs + 1] = seq
   end
 end
-return seqs`;
+return {generation, seqs}`;
 
-/**
- * ARGV: prefix, room, a new epoch, then the epoch and the last that are known here. A room that has none gets the new one, and
- * so does one that knows less than was told already: Redis came back without it, and its log must not pass for the old.
- * Returns its epoch, the id of its oldest message, and the seq of its newest.
- */
-const OPEN_SCRIPT = `
-local meta = ARGV[1] .. 'room:' .. ARGV[2]
-if redis.call('EXISTS', meta) == 0 then
-  redis.call('HSET', meta, 'epoch', ARGV[3], 'last', 0)
-  redis.call('EXPIRE', meta, ${EMPTY_SECONDS})
-elseif redis.call('HGET', meta, 'epoch') == ARGV[4] and tonumber(redis.call('HGET', meta, 'last')) < tonumber(ARGV[5]) then
-  redis.call('HSET', meta, 'epoch', ARGV[3])
-end
-local oldest = redis.call('XRANGE', ARGV[1] .. 'log:' .. ARGV[2], '-', '+', 'COUNT', 1)[1]
-return {redis.call('HGET', meta, 'epoch'), oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')}`;
+/** Only looks whether Redis has lost something. */
+const CHECK_SCRIPT = `${SCRIPT_HEAD}
+return {generation}`;
 
-/** ARGV: prefix, this server, seconds. Says that this server lives, and returns all that do, and whether it was known to. */
-const ALIVE_SCRIPT = `
-local servers, now = ARGV[1] .. 'servers', tonumber(redis.call('TIME')[1])
-local known = redis.call('ZSCORE', servers, ARGV[2])
+/** ARGV: room. Returns its epoch, the id of its oldest message, and the seq of its newest. */
+const OPEN_SCRIPT = `${SCRIPT_HEAD}
+local epoch, meta, log, keys = open(ARGV[5])
+for _, name in ipairs({meta, log, keys}) do redis.call('EXPIRE', name, ${OPEN_SECONDS}, 'GT') end
+local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
+return {generation, {epoch, oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')}}`;
+
+/** ARGV: this server, seconds. Says that this server lives, and returns all that do. */
+const ALIVE_SCRIPT = `${SCRIPT_HEAD}
+local servers, now = prefix .. 'servers', tonumber(redis.call('TIME')[1])
 redis.call('ZREMRANGEBYSCORE', servers, '-inf', now)
-redis.call('ZADD', servers, now + ARGV[3], ARGV[2])
-return {redis.call('ZRANGE', servers, 0, -1), known}`;
+redis.call('ZADD', servers, now + ARGV[6], ARGV[5])
+return {generation, redis.call('ZRANGE', servers, 0, -1)}`;
 
 /** A room's log as the Redis broker knows it, while the room is open here. */
 interface RedisLog {
@@ -937,11 +953,13 @@ class RedisBroker implements Broker {
   #storing = false;
   /** The connection for all but the tail; undefined until it is needed, and after it failed. */
   #commands: Bun.RedisClient | undefined;
-  /** How far the feed was read; undefined until it was first reached. */
+  /** The {@link SCRIPT_HEAD generation} that is known here. */
+  #generation = "";
+  /** How far its feed was read; undefined until that is reached. */
   #cursor: string | undefined;
   /** The connection for the tail. */
   #tail: Bun.RedisClient | undefined;
-  /** Whether messages may be missing: the feed was cut before it was read, or Redis lost it. The tail looks into the logs. */
+  /** Whether messages may be missing: the feed was cut before it was read, or Redis lost something. The tail looks into the logs. */
   #doubt = false;
   /** When few messages were last told, on the monotonic clock: after many there is no pause. */
   #toldAt = -Infinity;
@@ -951,6 +969,8 @@ class RedisBroker implements Broker {
   #away = true;
   #awayTimer: Timer | undefined;
   #heartbeat: Timer | undefined;
+  /** Keeps the rooms that are open from expiring. */
+  #keeper: Timer | undefined;
   /** The servers that live, as of the last heartbeat. */
   #alive: string[] = [];
   #stopped = false;
@@ -973,6 +993,8 @@ class RedisBroker implements Broker {
     const { promise, resolve } = Promise.withResolvers<void>();
     void this.#follow(resolve);
     this.#heartbeat = setInterval(() => void this.#beat(), HEARTBEAT_MS);
+    // In doubt the tail opens every open room once more.
+    this.#keeper = setInterval(() => (this.#doubt = true), (OPEN_SECONDS * 1000) / 2);
     await promise;
   }
 
@@ -980,7 +1002,7 @@ class RedisBroker implements Broker {
     if (this.#away) throw new Error("Redis cannot be reached");
     const log: RedisLog = { room, epoch: "", last: undefined, early: [], here: "" };
     this.#logs.set(room, log);
-    const state = await this.#state(log);
+    const state = await this.#state(room);
     log.epoch = state.epoch;
     log.last = state.last;
     opened(state);
@@ -1032,6 +1054,7 @@ class RedisBroker implements Broker {
   async stop(): Promise<void> {
     this.#gatherer.flush();
     clearInterval(this.#heartbeat);
+    clearInterval(this.#keeper);
     if (!this.#away) await inTime(this.#finish(), FINISH_MS).catch(ignore);
     this.#stopped = true;
     clearTimeout(this.#awayTimer); // not before: Redis may have gone while it was waited for
@@ -1063,14 +1086,13 @@ class RedisBroker implements Broker {
   async #store(gathered: Post[]): Promise<void> {
     const posts = gathered.filter(({ sender }) => !sender.refused);
     if (posts.length === 0) return;
-    const { prefix, history, idleDays } = this.config;
-    const args = [prefix, `${history}`, `${idleDays * DAY_SECONDS}`];
+    const { history, idleDays } = this.config;
+    const args = [`${history}`, `${idleDays * DAY_SECONDS}`];
     const logs = posts.map(({ room }) => this.#logs.get(room));
     for (const [i, { room, at, name, text, key }] of posts.entries()) {
-      const { epoch = "", last = 0 } = logs[i] ?? {};
-      // A plain client sends nothing again: what it posts may go to any log. One that was empty and expired goes on as it was.
-      args.push(room, key === undefined ? "" : epoch, `${last}`, (last === 0 && epoch) || randomName());
-      args.push(`${at}`, name, text, key ?? "");
+      // What a plain client posts may go to any log: it sends nothing again.
+      const expected = key === undefined ? "" : (logs[i]?.epoch ?? "");
+      args.push(room, expected, `${at}`, name, text, key ?? "");
     }
     try {
       const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
@@ -1118,13 +1140,14 @@ class RedisBroker implements Broker {
     // Under load entries gather in the feed, as posts do before they are stored; enough at once need no wait.
     await Bun.sleep(Math.max(0, this.#toldAt + GATHER_MS - performance.now()));
     const feed = `${this.config.prefix}feed`;
-    const from = this.#cursor as string;
+    const from = this.#cursor;
+    if (from === undefined) return; // of a generation that has just ended
     const args = ["COUNT", `${FEED_READ}`, "BLOCK", `${BLOCK_MS}`, "STREAMS", feed, from];
     const reply = (await inTime(tail.send("XREAD", args), BLOCK_MS + BLOCK_MARGIN_MS)) as Record<
       string,
       StreamEntry[]
     > | null;
-    if (reply === null) return this.#heardNothing(from);
+    if (reply === null) return;
     const byRoom = new Map<RedisLog, Entry[]>();
     const read = reply[feed] ?? [];
     for (const [id, fields] of read) {
@@ -1140,18 +1163,10 @@ class RedisBroker implements Broker {
     }
     for (const [log, entries] of byRoom) this.#take(log, entries);
     if (byRoom.size > 0 && read.length < GATHER_POSTS) this.#toldAt = performance.now();
-    if (read.length < FEED_READ || from === "0-0") return;
+    if (read.length < FEED_READ) return;
     // This server lags: what it has not read yet may be cut off by now.
     const oldest = await this.#endOfFeed("oldest");
     if (oldest === null || idBefore(from, oldest)) this.#doubt = true;
-  }
-
-  /** Silence. But a feed that was emptied and counts anew would be silent too: then it is read from its start. */
-  async #heardNothing(from: string): Promise<void> {
-    const newest = await this.#endOfFeed("newest");
-    if (from === "0-0" || (newest !== null && !idBefore(newest, from))) return;
-    this.#cursor = "0-0";
-    this.#doubt = true;
   }
 
   /** Another server tells that presence changed, or that somebody types. */
@@ -1177,13 +1192,14 @@ class RedisBroker implements Broker {
     for (const some of inFrames(messages)) this.events.stored(log.room, some);
   }
 
-  /** After a connection was lost, or the feed emptied: brings every open room up to date, or loses it. */
+  /** After a connection was lost, or in doubt: brings every open room up to date, or loses it. */
   async #catchUp(): Promise<void> {
+    await this.#run(CHECK_SCRIPT, []);
     this.#doubt = false;
     // Never the start of an empty feed: from there nobody could tell what was cut off.
     this.#cursor ??= (await this.#endOfFeed("newest")) ?? ((await this.#feed("here", "", "")) as string);
     const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
-    const states = await Promise.all(logs.map((log) => this.#state(log)));
+    const states = await Promise.all(logs.map(({ room }) => this.#state(room)));
     for (const [i, log] of logs.entries()) {
       const { epoch, last } = states[i] as LogState;
       if (epoch === log.epoch) await this.#fill(log, last);
@@ -1239,10 +1255,8 @@ class RedisBroker implements Broker {
       const logs = [...this.#logs.values()];
       // First who is here, then that they count: whoever finds this server alive finds its people too.
       const kept = logs.filter(({ here }) => here !== "").map((log) => this.#keepHere(log));
-      const said = this.#run(ALIVE_SCRIPT, [this.config.prefix, this.#server, `${ALIVE_SECONDS}`]);
-      const [[alive, known]] = (await Promise.all([said, ...kept])) as [[string[], string | number | null]];
-      // It was away for long, or Redis lost all it had.
-      if (known === null && this.#alive.length > 0) this.#doubt = true;
+      const said = this.#run(ALIVE_SCRIPT, [this.#server, `${ALIVE_SECONDS}`]);
+      const [alive] = (await Promise.all([said, ...kept])) as [string[]];
       const changed = alive.toSorted().join() !== this.#alive.toSorted().join();
       this.#alive = alive;
       if (changed) for (const { room } of logs) this.events.presenceChanged(room);
@@ -1262,10 +1276,8 @@ class RedisBroker implements Broker {
 
   // ── Redis ──
 
-  async #state({ room, epoch: known, last: told = 0 }: RedisLog): Promise<LogState> {
-    const args = [this.config.prefix, room, randomName(), known, `${told}`];
-    const state = await this.#run(OPEN_SCRIPT, args);
-    const [epoch, oldest, last] = state as [string, string, string];
+  async #state(room: string): Promise<LogState> {
+    const [epoch, oldest, last] = (await this.#run(OPEN_SCRIPT, [room])) as [string, string, string];
     return { epoch, first: Number.parseInt(oldest), last: Number(last) };
   }
 
@@ -1282,9 +1294,20 @@ class RedisBroker implements Broker {
     return (entries as StreamEntry[])[0]?.[0] ?? null;
   }
 
-  /** Runs a script. It is sent whole: by its hash, a post could pass another one whose script Redis had yet to be given. */
-  #run(script: string, args: string[]): Promise<unknown> {
-    return this.#send("EVAL", [script, "0", ...args]);
+  /**
+   * Runs a script, and notices when Redis has lost something: all open logs are looked at, the feed is read from its end.
+   * It is sent whole: by its hash, a post could pass another one whose script Redis had yet to be given.
+   */
+  async #run(script: string, args: string[]): Promise<unknown> {
+    const known = this.#cursor === undefined ? ["", ""] : [this.#generation, this.#cursor];
+    const reply = await this.#send("EVAL", [script, "0", this.config.prefix, ...known, randomName(), ...args]);
+    const [generation, result] = reply as [string, unknown];
+    if (generation !== this.#generation) {
+      this.#generation = generation;
+      this.#cursor = undefined;
+      this.#doubt = true;
+    }
+    return result;
   }
 
   /** Sends a command. A connection that fails or is silent for {@link REDIS_MS} is given up for a new one. */
@@ -2441,9 +2464,12 @@ async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<st
         await redis.send("EVAL", [IMPORT_SCRIPT, "0", prefix, room, ...args]);
       }
     }
+    await redis.send("SET", [`${prefix}generation`, randomName(), "NX"]);
+    const generation = (await redis.send("GET", [`${prefix}generation`])) as string;
     for (const [room, lines] of rooms) {
       const { epoch, seq } = lines.at(-1) as Line;
-      await redis.send("HSET", [`${prefix}room:${room}`, "epoch", epoch, "last", `${seq}`]);
+      const state = ["epoch", epoch, "last", `${seq}`, "generation", generation];
+      await redis.send("HSET", [`${prefix}room:${room}`, ...state]);
     }
     if (idleDays > 0) for (const name of written) await redis.send("EXPIRE", [name, `${idleDays * DAY_SECONDS}`]);
   } catch (error) {
