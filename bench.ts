@@ -925,25 +925,29 @@ const options = readOptions();
 
 /** Reads and checks the command line. */
 function readOptions() {
-  const { values } = parseArgs({
-    options: {
-      floor: { type: "boolean", default: false },
-      scenario: { type: "string", default: "" },
-      broker: { type: "string", default: "sqlite" },
-      rounds: { type: "string", default: "3" },
-      messages: { type: "string", default: "1000000" },
-    },
-  });
-  const { floor, broker, scenario } = values;
-  const scenarios = scenario === "" ? Object.keys(SCENARIOS) : scenario.split(",");
-  const [rounds, messages] = [Number(values.rounds), Number(values.messages)];
-  const right =
-    scenarios.every((name) => Object.hasOwn(SCENARIOS, name)) &&
-    (broker === "redis" || broker === "sqlite") &&
-    [rounds, messages].every((number) => Number.isSafeInteger(number) && number > 0) &&
-    messages >= PAGE_MESSAGES;
-  if (right) return { floor, scenarios, broker, rounds, messages };
-  console.error(`--scenario ${Object.keys(SCENARIOS).join(",")} --broker sqlite|redis --rounds 3 --messages 1000000`);
+  try {
+    const { values } = parseArgs({
+      options: {
+        floor: { type: "boolean", default: false },
+        scenario: { type: "string", default: Object.keys(SCENARIOS).join() },
+        broker: { type: "string", default: "sqlite" },
+        rounds: { type: "string", default: "3" },
+        messages: { type: "string", default: "1000000" },
+      },
+    });
+    const { floor, broker } = values;
+    const scenarios = values.scenario.split(",");
+    const [rounds, messages] = [Number(values.rounds), Number(values.messages)];
+    const right =
+      scenarios.every((name) => Object.hasOwn(SCENARIOS, name)) &&
+      (broker === "redis" || broker === "sqlite") &&
+      [rounds, messages].every((number) => Number.isSafeInteger(number) && number > 0) &&
+      messages >= PAGE_MESSAGES;
+    if (right) return { floor, scenarios, broker, rounds, messages };
+  } catch {
+    // An option that is not known, or has no value: told as any other mistake.
+  }
+  console.error(`--scenario ${Object.keys(SCENARIOS).join()} --broker sqlite|redis --rounds 3 --messages 1000000`);
   process.exit(2);
 }
 
