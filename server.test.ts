@@ -901,6 +901,19 @@ describe("a chat.v1 client", () => {
     ann.post("hi");
     expect((await ann.untilMessages(1))[0]?.name).toBe("🙂".repeat(32));
     expect(ann.all("error").map(({ code }) => code)).toEqual(Array(7).fill("bad-name"));
+    const plain = await Client.join(url, { name: "x".repeat(33), plain: true });
+    ann.post("to all");
+    expect(await plain.untilTexts(1)).toEqual(["to all"]); // a plain socket is told nothing but messages
+  });
+
+  test("gets the hello before anything else, however early it speaks", async () => {
+    const { url } = await start();
+    const { epoch } = await (await Client.join(url)).first("hello");
+    const early = await Client.connect(url, { epoch, after: 9 }); // a place that is not there yet is waited for
+    for (const frame of [{ type: "ping" }, { type: "nonsense" }, { type: "ping" }]) early.send(frame);
+    await early.until("the answers", () => early.all("pong").length === 2);
+    const types = early.frames.map(({ type }) => type).filter((type) => type !== "presence");
+    expect(types).toEqual(["hello", "pong", "error", "pong"]);
   });
 
   test("is told in words what was wrong with a post, with its key, and stays", async () => {

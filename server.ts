@@ -1404,8 +1404,8 @@ class Member {
   /** The token bucket: posts that may be sent now, and when that was true. */
   tokens: number;
   refilledAt = performance.now();
-  /** Frames that came too fast, in order; its size in bytes; and the timer that takes from it. */
-  queue: ClientFrame[] = [];
+  /** Frames that came too fast, or before the hello, in order; its size in bytes; and the timer that takes from it. */
+  queue: (ClientFrame | FrameError)[] = [];
   queueBytes = 0;
   draining: Timer | undefined;
   /** Frames that were not of the protocol. */
@@ -1419,7 +1419,7 @@ class Member {
     /** Whether it speaks `chat.v1`; else plain. */
     readonly chat: boolean,
     public name: string,
-    /** Whether the name that was asked for could not be given. */
+    /** Whether the name that it asked for could not be given. Nobody tells that to a plain socket. */
     readonly badName: boolean,
     readonly resume: Resume | undefined,
     burst: number,
@@ -1601,6 +1601,7 @@ class Rooms implements BrokerEvents {
     const member = ws.data;
     if (!member.chat) return this.#pace(member, { type: "post", text: data });
     const frame = parseFrame(data);
+    if (!member.joined) return this.#pace(member, frame); // the hello comes before any answer
     if (frame instanceof FrameError) return this.#complain(member, frame);
     // A ping passes the queue, so that a sender who is slowed does not take the connection for dead.
     if (frame.type === "ping") return void ws.send(PONG);
@@ -1608,7 +1609,7 @@ class Rooms implements BrokerEvents {
   }
 
   /** Acts on a frame at once while the sender keeps to the rate; else the frame waits its turn in the sender's queue. */
-  #pace(member: Member, frame: ClientFrame): void {
+  #pace(member: Member, frame: ClientFrame | FrameError): void {
     if (member.joined && member.queue.length === 0 && this.#takeToken(member)) return this.#act(member, frame);
     member.queue.push(frame);
     member.queueBytes += queueCost(frame);
@@ -1620,7 +1621,7 @@ class Rooms implements BrokerEvents {
   #drain(member: Member): void {
     member.draining = undefined;
     while (member.queue.length > 0 && this.#takeToken(member)) {
-      const frame = member.queue.shift() as ClientFrame;
+      const frame = member.queue.shift() as ClientFrame | FrameError;
       const cost = queueCost(frame);
       member.queueBytes -= cost;
       if (member.left) this.#leftBytes -= cost;
@@ -1647,12 +1648,14 @@ class Rooms implements BrokerEvents {
   }
 
   /** Does what a frame asks. */
-  #act(member: Member, frame: ClientFrame): void {
+  #act(member: Member, frame: ClientFrame | FrameError): void {
     if (this.stopping || member.refused) return;
-    if (frame.type === "post") this.#post(member, frame.text, frame.key);
+    if (frame instanceof FrameError) this.#complain(member, frame);
+    else if (frame.type === "post") this.#post(member, frame.text, frame.key);
     else if (frame.type === "page") this.#page(member, frame.before);
     else if (frame.type === "name") this.#rename(member, frame.name);
     else if (frame.type === "typing") this.#typing(member);
+    else member.ws.send(PONG);
   }
 
   /** Hands a post to the broker. */
@@ -1867,7 +1870,8 @@ function badName(): FrameError {
   return new FrameError("bad-name", `A name has 1 to ${MAX_NAME} characters, and no control characters.`);
 }
 
-function queueCost(frame: ClientFrame): number {
+function queueCost(frame: ClientFrame | FrameError): number {
+  if (frame instanceof FrameError) return QUEUE_FRAME_BYTES;
   // All its strings: a key or a name that is too long is refused only when its turn comes.
   if (frame.type === "post")
     return QUEUE_FRAME_BYTES + Buffer.byteLength(frame.text) + Buffer.byteLength(frame.key ?? "");
@@ -2200,7 +2204,7 @@ function handshake(
     address,
     chat,
     clean ?? "Guest",
-    clean === undefined,
+    chat && clean === undefined,
     resumeOf(query),
     config.rate * BURST_SECONDS,
   );
