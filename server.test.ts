@@ -2744,6 +2744,8 @@ describe("with a certificate", () => {
       expect(code).toBe(1);
       expect(said).toMatch(/^TLS_CERT.* TLS_KEY.*: .+\n$/);
     }
+    const { said } = await failedStart({ ...one.env, HOST: "203.0.113.1" }); // and is not blamed for something else
+    expect(said).toBe("HOST=203.0.113.1: this machine has no such address.\n");
   });
 
   test("that is renewed is taken up on SIGHUP: nobody is cut, kept waiting or deaf; a bad one is told and not taken", async () => {

@@ -2044,7 +2044,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   await broker.start();
   const handlers = makeHandlers(config, rooms, log);
   try {
-    servers.push(listen(config, handlers));
+    servers.push(listen(config, readTls(config), handlers));
   } catch (error) {
     await broker.stop();
     throw error;
@@ -2052,10 +2052,11 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   const { port } = servers[0] as Bun.Server<Member>;
   const watch = watchDescriptors(log);
   const reloadTls = () => {
-    // A server on another port tries the new files first: if they are bad, nothing has happened.
-    void listen({ ...config, port: 0, host: "127.0.0.1" }, handlers).stop(true);
+    const tls = readTls(config);
+    // A server on another port tries them first: if they are bad, nothing has happened.
+    void listen({ ...config, port: 0, host: "127.0.0.1" }, tls, handlers).stop(true);
     for (const server of servers) void server.stop(); // accepts no more; its sockets live on
-    servers.push(listen({ ...config, port: port as number }, handlers));
+    servers.push(listen({ ...config, port: port as number }, tls, handlers));
   };
   const stop = async () => {
     const closed = Promise.all(servers.map((server) => server.stop()));
@@ -2124,9 +2125,8 @@ function makeHandlers(config: Config, rooms: Rooms, log: Logger) {
 }
 
 /** Listens on the configured address. @throws StartError when that is not possible */
-function listen(config: Config, handlers: Handlers): Bun.Server<Member> {
+function listen(config: Config, tls: Tls | undefined, handlers: Handlers): Bun.Server<Member> {
   const { port, host } = config;
-  const tls = readTls(config);
   const serve = (hostname: string) =>
     Bun.serve({
       ...handlers,
@@ -2151,12 +2151,20 @@ function listen(config: Config, handlers: Handlers): Bun.Server<Member> {
       throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
     if (tls) throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
     if (/EADDRNOTAVAIL|EINVAL/.test(message)) throw new StartError(`HOST=${host}: this machine has no such address.`);
+    if (tls && !/permission denied|EACCES/.test(message))
+      throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
     throw new StartError(`HOST=${host} PORT=${port}: cannot be listened on: ${message}`);
   }
 }
 
+/** A certificate and its key, as PEM. */
+interface Tls {
+  readonly cert: string;
+  readonly key: string;
+}
+
 /** Reads the PEM files; undefined when there are none. @throws StartError when a file cannot be read, or the key is another's */
-function readTls({ tlsCert, tlsKey }: Config): { cert: string; key: string } | undefined {
+function readTls({ tlsCert, tlsKey }: Config): Tls | undefined {
   if (tlsCert === "") return undefined;
   try {
     const [cert, key] = [readFileSync(tlsCert, "utf8"), readFileSync(tlsKey, "utf8")];
