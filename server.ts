@@ -965,6 +965,8 @@ class RedisBroker implements Broker {
   #toldAt = -Infinity;
   /** Posts that Redis does not take. */
   readonly #outage: Outage;
+  /** Redis out of reach. */
+  readonly #gap: Outage;
   /** Whether the feed is out of reach: rooms cannot be opened, posts are refused. */
   #away = true;
   #awayTimer: Timer | undefined;
@@ -982,6 +984,7 @@ class RedisBroker implements Broker {
     readonly log: Logger,
   ) {
     this.#outage = new Outage(log);
+    this.#gap = new Outage(log);
     try {
       connectRedis(config.redisUrl).close();
     } catch (error) {
@@ -1227,7 +1230,7 @@ class RedisBroker implements Broker {
   }
 
   #back(): void {
-    if (this.#awayTimer) this.log("error", "Redis is there again.");
+    this.#gap.ends("Redis is there again.");
     clearTimeout(this.#awayTimer);
     this.#awayTimer = undefined;
     this.#away = false;
@@ -1236,10 +1239,8 @@ class RedisBroker implements Broker {
 
   /** The feed is out of reach. A short while is bridged; then members are sent to try again, here or at another server. */
   #gone(error: Error): void {
-    if (!this.#awayTimer) {
-      const redis = `REDIS_URL=${withoutPassword(this.config.redisUrl)}`;
-      this.log("error", `${redis}: cannot be reached: ${error.message}. It is tried until it is there.`);
-    }
+    const redis = `REDIS_URL=${withoutPassword(this.config.redisUrl)}`;
+    this.#gap.begins(`${redis}: cannot be reached: ${error.message}. It is tried until it is there.`);
     this.#awayTimer ??= setTimeout(() => {
       this.#away = true;
       for (const room of [...this.#logs.keys()]) this.events.lost(room);
@@ -1326,7 +1327,7 @@ class RedisBroker implements Broker {
 }
 
 function withoutPassword(url: string): string {
-  return url.replace(/\/\/[^@]*@/, "//…@");
+  return url.replace(/\/\/.*@/, "//…@"); // up to the last one: a password may have an @
 }
 
 /** A connection that is made by its first command and never again: it is replaced instead. */
@@ -1476,13 +1477,17 @@ class Rooms implements BrokerEvents {
   readonly #rooms = new Map<string, Room>();
   /** Bytes in the queues of members who have closed. */
   #leftBytes = 0;
+  /** Logs that cannot be read. */
+  readonly #outage: Outage;
 
   constructor(
     readonly config: Config,
     readonly log: Logger,
     /** Sends a frame to every socket that subscribed to a topic. */
     readonly publish: (topic: string, frame: string, except?: Member) => void,
-  ) {}
+  ) {
+    this.#outage = new Outage(log);
+  }
 
   // ── In ──
 
@@ -1495,7 +1500,7 @@ class Rooms implements BrokerEvents {
     member.room = room;
     room.members.add(member);
     this.#join(member, room).catch((error: Error) => {
-      this.log("error", `The log of ${describe(room.name)} cannot be read: ${error.message}`);
+      this.#outage.begins(`The log of ${describe(room.name)} cannot be read: ${error.message}`);
       member.refused = true;
       if (member.left) this.#drop(member);
       else ws.close(CLOSE.tryAgain, "The store cannot be reached: try again.");
@@ -1537,6 +1542,7 @@ class Rooms implements BrokerEvents {
     if (member.badName) this.#complain(member, badName());
     room.presence = ""; // whoever joins has not seen it, even if it is the same again
     this.#presenceChanged(room);
+    this.#outage.ends("Logs can be read again.");
     this.log("info", `${member.address} joined ${describe(room.name)} (${member.chat ? member.name : "plain"})`);
     this.#drain(member);
   }
