@@ -3306,13 +3306,36 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     await redis.kill();
     await redis.run("--appendonly", "no");
     const talkers = movers(4, servers);
-    await allTalk(talkers, 10);
+    for (let loss = 0; loss < 2; loss++) {
+      await redis.kill();
+      await redis.run("--appendonly", "no"); // the second time with a generation that had ended
+      await allTalk(talkers, 10);
+    }
     const log = await expectOneChat(talkers, servers);
     expect(log[0]?.text).toBe("kept");
     for (const { url } of [one, two]) {
       const { resumed } = await (await Client.join(url, { epoch, after: 11 })).first("hello");
       expect(resumed).toBe(false);
     }
+  });
+
+  test("Redis started again as it was before there was a feed: it is another log, and nobody stays deaf", async () => {
+    const redis = await ownRedis();
+    const line = { room: "", epoch: "0123456789abcdef", seq: 1, at: 1, name: "Ann", text: "imported", key: "k" };
+    await importMessages(readConfig({ REDIS_URL: redis.url }), JSON.stringify(line));
+    await redis.saveOnlyWhenTold();
+    await redis.command("SAVE");
+    const [{ url }] = (await spawnServers(1, redis.url)) as [ServerProcess];
+    const ann = await Client.join(url);
+    ann.post("lost");
+    await ann.untilMessages(2);
+    await redis.kill();
+    await redis.run("--appendonly", "no");
+    expect((await within(ann.closed, "the close")).code).toBe(1013);
+    const again = await Client.join(url, { epoch: line.epoch, after: 2 });
+    again.post("new");
+    expect(textsOf(await again.untilMessages(2))).toEqual(["imported", "new"]);
+    expect((await again.first("hello")).epoch).not.toBe(line.epoch);
   });
 
   test("Redis that takes no writes: nothing is acked, nobody hangs, and it goes on when it does again", async () => {
@@ -3750,6 +3773,21 @@ describe("export and import", () => {
       expect((await again.first("ack")).seq).toBe(2401);
     },
   );
+
+  test.skipIf(!REDIS_SERVER)("give a room of a generation that was lost another epoch", async () => {
+    const redis = await ownRedis();
+    const config = readConfig({ REDIS_URL: redis.url });
+    const line = { room: "", epoch: "0123456789abcdef", seq: 1, at: 1, name: "Ann", text: "hi", key: "k" };
+    await importMessages(config, JSON.stringify(line));
+    const epoch = async () => {
+      let text = "";
+      await exportMessages(config, async (lines) => void (text += lines));
+      return JSON.parse(text).epoch;
+    };
+    expect(await epoch()).toBe(line.epoch);
+    await redis.command("SET", "chat:generation", `${Date.now()}999`);
+    expect(await epoch()).toMatch(/^(?!0123456789abcdef)[0-9a-f]{16}$/);
+  });
 
   test("refuse a broken line with its number, a room that is there, and a store in use, and change nothing", async () => {
     const line = { room: "", epoch: "0123456789abcdef", seq: 1, at: 1, name: "Ann", text: "hi", key: "k" };

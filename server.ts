@@ -840,27 +840,34 @@ const STORE_POSTS = 1000;
 const OPEN_SECONDS = 3600;
 
 /**
- * What every script begins with. ARGV: prefix, the generation and the end of the feed that are known here, a new name.
- * Redis may come back without what it had, or with an older state of it: what this server has read of the feed is missing
- * then. From there on everything is of another generation, and each log gets another epoch before it is used again.
+ * What every script begins with. ARGV: prefix, the generation that is known here and the id of the last entry of its feed that
+ * was read (both empty at first), a new name. Redis may come back without what it had, or with an older state of it: what was
+ * read of the feed is missing then. From there on everything is of another generation, and a log of an earlier one gets
+ * another epoch before it is used again. Generations are times in microseconds: the older state's is the smaller one.
  */
 const SCRIPT_HEAD = `
 local prefix, known, read, new = unpack(ARGV, 1, 4)
-local generation = redis.call('GET', prefix .. 'generation')
-local kept = generation == known and redis.call('XREVRANGE', prefix .. 'feed', read, '-', 'COUNT', 1)[1]
-if not generation or kept and kept[1] ~= read then -- older ones are there: it was not trimmed, it is lost
-  generation = new
+local feed, generation = prefix .. 'feed', redis.call('GET', prefix .. 'generation')
+local lost = not generation or generation < known
+if generation == known and read ~= '' then
+  local last = redis.call('XREVRANGE', feed, read, '-', 'COUNT', 1)[1]
+  -- Trimming takes the oldest entries, and never all.
+  lost = last and last[1] ~= read or redis.call('EXISTS', feed) == 0
+end
+if lost then
+  local time = redis.call('TIME')
+  generation = time[1] .. string.format('%06d', time[2])
   redis.call('SET', prefix .. 'generation', generation)
 end
 local function open(room)
   local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
-  local epoch, of = unpack(redis.call('HMGET', meta, 'epoch', 'generation'))
+  local epoch, made_in = unpack(redis.call('HMGET', meta, 'epoch', 'generation'))
   if not epoch then
     redis.call('DEL', log, keys)
     redis.call('HSET', meta, 'last', 0)
     redis.call('EXPIRE', meta, ${OPEN_SECONDS})
   end
-  if of ~= generation then
+  if made_in ~= generation then -- or it is new
     epoch = new
     redis.call('HSET', meta, 'epoch', epoch, 'generation', generation)
   end
@@ -888,7 +895,7 @@ for i = 7, #ARGV, 6 do
     local seq = redis.call('HINCRBY', meta, 'last', 1)
     redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
     if key ~= '' then redis.call('HSET', keys, key, seq) end
-    redis.call('XADD', prefix .. 'feed', 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch,
+    redis.call('XADD', feed, 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch,
       'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
     if seq > history and seq % 100 == 0 then
       local old = redis.call('XRANGE', log, '-', (seq - history) .. '-0', 'COUNT', ${TRIM_MESSAGES})
@@ -955,7 +962,7 @@ class RedisBroker implements Broker {
   #commands: Bun.RedisClient | undefined;
   /** The {@link SCRIPT_HEAD generation} that is known here. */
   #generation = "";
-  /** How far its feed was read; undefined until that is reached. */
+  /** The last entry that was read of the feed; undefined at first and in a new generation, until `#catchUp` finds the feed's end. */
   #cursor: string | undefined;
   /** The connection for the tail. */
   #tail: Bun.RedisClient | undefined;
@@ -1144,7 +1151,7 @@ class RedisBroker implements Broker {
     await Bun.sleep(Math.max(0, this.#toldAt + GATHER_MS - performance.now()));
     const feed = `${this.config.prefix}feed`;
     const from = this.#cursor;
-    if (from === undefined) return; // of a generation that has just ended
+    if (from === undefined) return; // a new generation: first `#catchUp`
     const args = ["COUNT", `${FEED_READ}`, "BLOCK", `${BLOCK_MS}`, "STREAMS", feed, from];
     const reply = (await inTime(tail.send("XREAD", args), BLOCK_MS + BLOCK_MARGIN_MS)) as Record<
       string,
@@ -1300,8 +1307,8 @@ class RedisBroker implements Broker {
    * It is sent whole: by its hash, a post could pass another one whose script Redis had yet to be given.
    */
   async #run(script: string, args: string[]): Promise<unknown> {
-    const known = this.#cursor === undefined ? ["", ""] : [this.#generation, this.#cursor];
-    const reply = await this.#send("EVAL", [script, "0", this.config.prefix, ...known, randomName(), ...args]);
+    const head = [this.config.prefix, this.#generation, this.#cursor ?? "", randomName()];
+    const reply = await this.#send("EVAL", [script, "0", ...head, ...args]);
     const [generation, result] = reply as [string, unknown];
     if (generation !== this.#generation) {
       this.#generation = generation;
@@ -2339,6 +2346,7 @@ function openToRead(path: string): Database {
 /** The kept messages of all rooms in a Redis, one room after the other. */
 async function* exportRedis({ redisUrl, prefix }: Config): AsyncGenerator<Line> {
   using redis = disposable(connectRedis(redisUrl));
+  const generation = await redis.send("GET", [`${prefix}generation`]);
   const logs = new Set<string>();
   let cursor = "0";
   do {
@@ -2348,8 +2356,11 @@ async function* exportRedis({ redisUrl, prefix }: Config): AsyncGenerator<Line> 
     cursor = next;
   } while (cursor !== "0");
   for (const room of logs) {
-    const epoch = (await redis.send("HGET", [`${prefix}room:${room}`, "epoch"])) as string | null;
-    for (let from = "-"; epoch !== null;) {
+    const state = await redis.send("HMGET", [`${prefix}room:${room}`, "epoch", "generation"]);
+    const [kept, madeIn] = state as [string | null, string | null];
+    if (kept === null) continue;
+    const epoch = madeIn === generation ? kept : randomName(); // of a lost generation: nobody may resume into it
+    for (let from = "-"; ;) {
       const range = [`${prefix}log:${room}`, from, "+", "COUNT", `${MOVE_MESSAGES}`];
       const entries = (await redis.send("XRANGE", range)) as StreamEntry[];
       for (const entry of entries) yield { room, epoch, ...streamMessage(entry) };
@@ -2482,8 +2493,7 @@ async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<st
         await redis.send("EVAL", [IMPORT_SCRIPT, "0", prefix, room, ...args]);
       }
     }
-    await redis.send("SET", [`${prefix}generation`, randomName(), "NX"]);
-    const generation = (await redis.send("GET", [`${prefix}generation`])) as string;
+    const [generation] = (await redis.send("EVAL", [CHECK_SCRIPT, "0", prefix, "", "", ""])) as [string];
     for (const [room, lines] of rooms) {
       const { epoch, seq } = lines.at(-1) as Line;
       const state = ["epoch", epoch, "last", `${seq}`, "generation", generation];
