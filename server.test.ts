@@ -3303,8 +3303,6 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     for (let i = 1; i <= 10; i++) ann.post(`lost ${i}`);
     await ann.untilMessages(11);
     await ann.leave(); // no server has the room open, or remembers how far it was
-    await redis.kill();
-    await redis.run("--appendonly", "no");
     const talkers = movers(4, servers);
     for (let loss = 0; loss < 2; loss++) {
       await redis.kill();

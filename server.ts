@@ -80,7 +80,7 @@ const GATHER_MS = 6;
 /** Posts, and characters (UTF-16 units) of text, that end the gathering at once. */
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024;
-/** Messages over CHAT_HISTORY at which trimming begins, and that one step of it deletes: few, not to hold up a post. */
+/** Messages that one step of trimming deletes: few, not to hold up a post. With SQLite, it begins when so many are over CHAT_HISTORY. */
 const TRIM_MESSAGES = 1000;
 /** Bytes of a request's body: a password and no more. */
 const MAX_BODY = 4096;
@@ -247,7 +247,7 @@ function roomOf(path: string): string | undefined {
 const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
 const SYNC_MODES = ["full", "normal"] as const;
 
-/** What a chat is started with: read and checked by {@link readConfig}, and frozen. */
+/** What a chat is started with, frozen; what comes from the environment is checked by {@link readConfig}. */
 export interface Config {
   /** TCP port, 0 to 65535; 0 takes a free one. */
   readonly port: number;
@@ -834,9 +834,11 @@ const ALIVE_SECONDS = 9;
 const FEED_READ = 1000;
 /** Milliseconds that `stop` waits for Redis; with STOP_MS it is within the three seconds that a stop may take. */
 const FINISH_MS = 800;
+/** Messages of a room between two looks at what can be trimmed. */
+const TRIM_EVERY = 100;
 /** Posts that are stored in one round trip at most. */
 const STORE_POSTS = 1000;
-/** Seconds that a room lives at least after it was opened; while it is open, that is done again twice in that time. */
+/** Seconds that a room lives at least after a server opened it; as long as it is open there, it is opened again twice in that time. */
 const OPEN_SECONDS = 3600;
 
 /**
@@ -897,13 +899,13 @@ for i = 7, #ARGV, 6 do
     if key ~= '' then redis.call('HSET', keys, key, seq) end
     redis.call('XADD', feed, 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch,
       'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
-    if seq > history and seq % 100 == 0 then
+    if seq > history and seq % ${TRIM_EVERY} == 0 then
       local old = redis.call('XRANGE', log, '-', (seq - history) .. '-0', 'COUNT', ${TRIM_MESSAGES})
-      for _, entry in ipairs(old) do redis.call('HDEL', keys, entry[2][8]) end
+      for _, entry in ipairs(old) do redis.call('HDEL', keys, entry[2][8]) end -- the value of its fourth field, key
       if old[1] then redis.call('XTRIM', log, 'MINID', old[#old][1]) end
     end
-    for _, name in ipairs({meta, log, keys}) do
-      if idle > 0 then redis.call('EXPIRE', name, idle) else redis.call('PERSIST', name) end
+    for _, redis_key in ipairs({meta, log, keys}) do
+      if idle > 0 then redis.call('EXPIRE', redis_key, idle) else redis.call('PERSIST', redis_key) end
     end
     seqs[#seqs + 1] = seq
   end
@@ -914,10 +916,10 @@ return {generation, seqs}`;
 const CHECK_SCRIPT = `${SCRIPT_HEAD}
 return {generation}`;
 
-/** ARGV: room. Returns its epoch, the id of its oldest message, and the seq of its newest. */
+/** ARGV: room. Keeps it for a while, or makes it. Returns its epoch, the id of its oldest message, and the seq of its newest. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
 local epoch, meta, log, keys = open(ARGV[5])
-for _, name in ipairs({meta, log, keys}) do redis.call('EXPIRE', name, ${OPEN_SECONDS}, 'GT') end
+for _, redis_key in ipairs({meta, log, keys}) do redis.call('EXPIRE', redis_key, ${OPEN_SECONDS}, 'GT') end
 local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
 return {generation, {epoch, oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')}}`;
 
@@ -954,7 +956,7 @@ class RedisBroker implements Broker {
   /** This server's name among those that share the Redis. */
   readonly #server = randomName();
   readonly #logs = new Map<string, RedisLog>();
-  readonly #gatherer = new Gatherer((posts) => void this.#append(posts));
+  readonly #gatherer = new Gatherer((posts) => void this.#storeInTurn(posts));
   /** Posts that are next, and whether others are being stored. */
   #waiting: Post[] = [];
   #storing = false;
@@ -1012,7 +1014,7 @@ class RedisBroker implements Broker {
     if (this.#away) throw new Error("Redis cannot be reached");
     const log: RedisLog = { room, epoch: "", last: undefined, early: [], here: "" };
     this.#logs.set(room, log);
-    const state = await this.#state(room);
+    const state = await this.#openLog(room);
     log.epoch = state.epoch;
     log.last = state.last;
     opened(state);
@@ -1023,7 +1025,7 @@ class RedisBroker implements Broker {
     const log = this.#logs.get(room);
     this.#logs.delete(room);
     if (!log || log.here === "" || this.#away || this.#stopped) return;
-    const said = this.#send("DEL", [this.#hereKey(this.#server, room)]).then(() => this.#feed("here", room, ""));
+    const said = this.#send("DEL", [this.#hereKey(this.#server, room)]).then(() => this.#notify("here", room, ""));
     said.catch(ignore);
   }
 
@@ -1043,7 +1045,7 @@ class RedisBroker implements Broker {
     const own = JSON.stringify(here);
     if (log && log.here !== own) {
       log.here = own;
-      await Promise.all([this.#keepHere(log), this.#feed("here", room, "")]).catch((error) => {
+      await Promise.all([this.#keepHere(log), this.#notify("here", room, "")]).catch((error) => {
         log.here = ""; // to be said again
         throw error;
       });
@@ -1058,7 +1060,7 @@ class RedisBroker implements Broker {
   }
 
   typing(room: string, name: string): void {
-    if (this.#alive.length > 1) this.#feed("typing", room, name).catch(ignore);
+    if (this.#alive.length > 1) this.#notify("typing", room, name).catch(ignore);
   }
 
   async stop(): Promise<void> {
@@ -1081,7 +1083,7 @@ class RedisBroker implements Broker {
   }
 
   /** Stores posts, one batch after the other: nobody's later post is stored while it is open whether the earlier one was. */
-  async #append(posts: Post[]): Promise<void> {
+  async #storeInTurn(posts: Post[]): Promise<void> {
     this.#waiting.push(...posts);
     if (this.#storing) return; // what is being stored now comes first, then these
     this.#storing = true;
@@ -1094,6 +1096,7 @@ class RedisBroker implements Broker {
 
   /** Stores posts in one round trip. Those that are stored come back by the feed; the rest is told here. */
   async #store(gathered: Post[]): Promise<void> {
+    // A sender may have been refused since they were gathered: what failed then must come again before these.
     const posts = gathered.filter(({ sender }) => !sender.refused);
     if (posts.length === 0) return;
     const { history, idleDays } = this.config;
@@ -1163,10 +1166,10 @@ class RedisBroker implements Broker {
     for (const [id, fields] of read) {
       this.#cursor = id;
       // A message: room, epoch, seq, at, name, text, key. A notice: room, from, what, name. Each field by name and value.
-      const [, room = "", second, epoch = "", , seq = "", ...rest] = fields;
+      const [, room = "", secondField, epoch = "", , seq = "", ...rest] = fields;
       const log = this.#logs.get(room);
-      if (log && second === "from") this.#hear(room, fields);
-      if (!log || second !== "epoch") continue;
+      if (log && secondField === "from") this.#hear(room, fields);
+      if (!log || secondField !== "epoch") continue;
       const entries = byRoom.get(log) ?? [];
       entries.push({ epoch, message: streamMessage([seq, rest]) }); // the rest is as the log has it
       byRoom.set(log, entries);
@@ -1179,7 +1182,7 @@ class RedisBroker implements Broker {
     if (oldest === null || idBefore(from, oldest)) this.#doubt = true;
   }
 
-  /** Another server tells that presence changed, or that somebody types. */
+  /** A notice, by its fields: another server tells that presence changed, or that somebody types. */
   #hear(room: string, [, , , from, , what, , name = ""]: string[]): void {
     if (from === this.#server) return;
     if (what === "typing") this.events.typing(room, name);
@@ -1198,7 +1201,7 @@ class RedisBroker implements Broker {
       else if (message.seq > next) this.#doubt = true; // the feed was cut before it was read: the log has the rest
     }
     log.last += messages.length;
-    // RULE 1: the tail alone tells, in the order it reads.
+    // RULE 1: in the order of seq, and no await since `log.last` was read: by the tail, or by `open` what the tail brought before.
     for (const some of inFrames(messages)) this.events.stored(log.room, some);
   }
 
@@ -1206,10 +1209,10 @@ class RedisBroker implements Broker {
   async #catchUp(): Promise<void> {
     await this.#run(CHECK_SCRIPT, []);
     this.#doubt = false;
-    // Never the start of an empty feed: from there nobody could tell what was cut off.
-    this.#cursor ??= (await this.#endOfFeed("newest")) ?? ((await this.#feed("here", "", "")) as string);
+    // In an empty feed a notice to nobody: from its start nobody could tell what was cut off.
+    this.#cursor ??= (await this.#endOfFeed("newest")) ?? ((await this.#notify("here", "", "")) as string);
     const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
-    const states = await Promise.all(logs.map(({ room }) => this.#state(room)));
+    const states = await Promise.all(logs.map(({ room }) => this.#openLog(room)));
     for (const [i, log] of logs.entries()) {
       const { epoch, last } = states[i] as LogState;
       if (epoch === log.epoch) await this.#fill(log, last);
@@ -1284,13 +1287,14 @@ class RedisBroker implements Broker {
 
   // ── Redis ──
 
-  async #state(room: string): Promise<LogState> {
+  /** Opens a room's log in Redis, which keeps it from expiring for {@link OPEN_SECONDS}, and makes it if there is none. */
+  async #openLog(room: string): Promise<LogState> {
     const [epoch, oldest, last] = (await this.#run(OPEN_SCRIPT, [room])) as [string, string, string];
     return { epoch, first: Number.parseInt(oldest), last: Number(last) };
   }
 
   /** Writes what is not stored into the feed: four fields, where a message has seven. */
-  #feed(what: "here" | "typing", room: string, name: string): Promise<unknown> {
+  #notify(what: "here" | "typing", room: string, name: string): Promise<unknown> {
     const fields = ["room", room, "from", this.#server, "what", what, "name", name];
     return this.#send("XADD", [`${this.config.prefix}feed`, "MAXLEN", "~", `${FEED_ENTRIES}`, "*", ...fields]);
   }
@@ -1304,7 +1308,7 @@ class RedisBroker implements Broker {
 
   /**
    * Runs a script, and notices when Redis has lost something: all open logs are looked at, the feed is read from its end.
-   * It is sent whole: by its hash, a post could pass another one whose script Redis had yet to be given.
+   * It is sent whole: sent by its hash, it would have to be sent again to a Redis that has forgotten it.
    */
   async #run(script: string, args: string[]): Promise<unknown> {
     const head = [this.config.prefix, this.#generation, this.#cursor ?? "", randomName()];
@@ -1345,11 +1349,6 @@ function connectRedis(url: string): Bun.RedisClient {
 /** A message as a log's stream has it. */
 function streamMessage([id, [, at, , name = "", , text = "", , key]]: StreamEntry): Message {
   return makeMessage(Number.parseInt(id), Number(at), name, text, key);
-}
-
-/** A connection that closes with the block that it was made in. */
-function disposable(redis: Bun.RedisClient): Bun.RedisClient & Disposable {
-  return Object.assign(redis, { [Symbol.dispose]: () => redis.close() });
 }
 
 /** Messages in runs that each make a frame of bounded size, however many a server that lagged has read at once. */
@@ -1409,7 +1408,7 @@ class Member {
   refused = false;
   /** Whether the socket has closed; what waits in the queue is still sent. */
   left = false;
-  /** The token bucket: posts that may be sent now, and when that was true. */
+  /** The token bucket: frames that may be acted on now, and when that was true. */
   tokens: number;
   refilledAt = performance.now();
   /** Frames that came too fast, or before the hello, in order; its size in bytes; and the timer that takes from it. */
@@ -1471,8 +1470,11 @@ class Room {
 }
 
 const PONG = encode({ type: "pong" });
-/** Size of the hellos that are kept ready for one room: enough for those who come back together after an outage. */
-const MAX_HELLOS_LENGTH = 8 * 1024 * 1024;
+/**
+ * UTF-16 units of the hellos that are kept ready for one room, past which they are dropped before the next is made: enough for
+ * those who come back together after an outage.
+ */
+const HELLOS_LENGTH = 8 * 1024 * 1024;
 /** The key in {@link Room.hellos} of the hello for those who start afresh. */
 const AFRESH = -1;
 
@@ -1572,7 +1574,7 @@ class Rooms implements BrokerEvents {
     const after = resumable ? resume.after : AFRESH;
     let hello = room.hellos.get(after);
     if (!hello) {
-      if (room.hellosLength > MAX_HELLOS_LENGTH) this.#forgetHellos(room);
+      if (room.hellosLength > HELLOS_LENGTH) this.#forgetHellos(room);
       room.hellos.set(after, (hello = this.#makeHello(room, first, room.last, after)));
       hello.then(
         ({ length }) => (room.hellosLength += length),
@@ -1745,8 +1747,7 @@ class Rooms implements BrokerEvents {
     room.last += messages.length;
     this.#forgetHellos(room);
     for (const missed of room.joining) missed.push(...messages);
-    // RULE 1: still the tick in which SQLite has committed, or Redis's feed was read. `publish` says how the slowest
-    // reader did: nothing to act on.
+    // RULE 1: no await since SQLite has committed them, or Redis has given them.
     if (room.chatCount > 0) this.publish(room.chatTopic, encode({ type: "messages", messages }));
     if (room.plainCount > 0) for (const { text } of messages) this.publish(room.plainTopic, text);
   }
@@ -2037,7 +2038,7 @@ export interface Chat {
 
 /**
  * Starts a chat.
- * @param overrides what differs from the defaults of {@link Config}
+ * @param overrides what differs from the defaults; it is not checked
  * @throws StartError when the store cannot be opened, or the port cannot be listened on
  */
 export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
@@ -2162,7 +2163,6 @@ function listen(config: Config, tls: Tls | undefined, handlers: Handlers): Bun.S
     const { code, message } = error as { code?: string; message: string };
     if (code === "EADDRINUSE")
       throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
-    if (tls) throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
     if (/EADDRNOTAVAIL|EINVAL/.test(message)) throw new StartError(`HOST=${host}: this machine has no such address.`);
     if (tls && !/permission denied|EACCES/.test(message))
       throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
@@ -2341,6 +2341,11 @@ function openToRead(path: string): Database {
   } catch (error) {
     throw new StartError(`CHAT_DB=${path}: the database cannot be read: ${(error as Error).message}.`);
   }
+}
+
+/** A connection that closes with the block that it was made in. */
+function disposable(redis: Bun.RedisClient): Bun.RedisClient & Disposable {
+  return Object.assign(redis, { [Symbol.dispose]: () => redis.close() });
 }
 
 /** The kept messages of all rooms in a Redis, one room after the other. */
