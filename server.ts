@@ -809,7 +809,7 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
 // Keys, after CHAT_PREFIX:   room:<room>   hash: epoch, last …        log:<room>   stream: the messages, `<seq>-0` each
 //                            keys:<room>   hash: key → seq            feed         stream: what happened, in all rooms
 //                            here:<server>:<room>   presence          servers      sorted set: the servers that live
-//                            generation    a name: another one when Redis has lost something
+//                            generation    a time: a later one when Redis has lost something
 //
 // A post is stored by one script, which dedups, counts and writes log and feed in one step. Every server follows the feed
 // on a connection of its own: it alone publishes, in the order it reads. Streams, not pub/sub: after an outage the
