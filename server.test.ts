@@ -3336,6 +3336,43 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     expect((await again.first("hello")).epoch).not.toBe(line.epoch);
   });
 
+  test("Redis started again without a message that was told, but had not been read of the feed yet", async () => {
+    const redis = await ownRedis();
+    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const ann = await Client.join(url);
+    ann.post("kept");
+    await ann.untilMessages(1);
+    await redis.saveOnlyWhenTold();
+    await redis.command("SAVE");
+    await redis.command("ACL", "SETUSER", "default", "-xread"); // the feed cannot be read: the log is looked into instead
+    const [, tail = "0"] = /^id=(\d+) .* cmd=xread /m.exec((await redis.command("CLIENT", "LIST")) as string) ?? [];
+    await redis.command("CLIENT", "UNBLOCK", tail); // if it had begun to wait before
+    ann.post("lost");
+    await ann.untilMessages(2);
+    await redis.kill();
+    await redis.run("--appendonly", "no");
+    expect((await within(ann.closed, "the close")).code).toBe(1013);
+    const { epoch } = await ann.first("hello");
+    const again = await Client.join(url, { epoch, after: 2 });
+    again.post("new");
+    expect(textsOf(await again.untilMessages(2))).toEqual(["kept", "new"]);
+    expect((await again.first("hello")).epoch).not.toBe(epoch);
+  });
+
+  test("a hello of the old epoch is never made of the new log", async () => {
+    const redis = await ownRedis();
+    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const ann = await Client.join(url);
+    for (let i = 1; i <= 3; i++) ann.post(`m${i}`);
+    await ann.untilMessages(3);
+    const { epoch } = await ann.first("hello");
+    await redis.command("FLUSHALL");
+    const bo = await Client.connect(url, { epoch, after: 1 });
+    expect((await within(bo.closed, "the close")).code).toBe(1013);
+    expect(bo.all("hello")).toEqual([]);
+    expect((await (await Client.join(url, { epoch, after: 1 })).first("hello")).epoch).not.toBe(epoch);
+  });
+
   test("Redis that takes no writes: nothing is acked, nobody hangs, and it goes on when it does again", async () => {
     const { redis, servers, all } = await moversOver(startServers, 3, 9);
     const { port } = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } }); // a master that says nothing

@@ -842,24 +842,25 @@ const STORE_POSTS = 1000;
 const OPEN_SECONDS = 3600;
 
 /**
- * What every script begins with. ARGV: prefix, the generation that is known here and the id of the last entry of its feed that
- * was read (both empty at first), a new name. Redis may come back without what it had, or with an older state of it: what was
- * read of the feed is missing then. From there on everything is of another generation, and a log of an earlier one gets
- * another epoch before it is used again. Generations are times in microseconds: the older state's is the smaller one.
+ * What every script begins with. ARGV: prefix, the generation and the newest entry of its feed that are known here (both empty
+ * at first), a new name. Redis may come back without what it had, or with an older state of it: that entry is missing then.
+ * From there on everything is of another generation, and a log of an earlier one gets another epoch before it is used again.
+ * Generations are times in microseconds, or later than the one before: that of an older state is known by it.
+ * Every script ends with `answer`: the generation, the newest entry of its feed, and the result.
  */
 const SCRIPT_HEAD = `
-local prefix, known, read, new = unpack(ARGV, 1, 4)
+local prefix, known, newest, new = unpack(ARGV, 1, 4)
 local feed, generation = prefix .. 'feed', redis.call('GET', prefix .. 'generation')
-local lost = not generation or generation < known
-if generation == known and read ~= '' then
-  local last = redis.call('XREVRANGE', feed, read, '-', 'COUNT', 1)[1]
-  -- Trimming takes the oldest entries, and never all.
-  lost = last and last[1] ~= read or redis.call('EXISTS', feed) == 0
-end
-if lost then
+local there = generation == known and redis.call('XREVRANGE', feed, newest, '-', 'COUNT', 1)[1]
+-- Where older entries are, and it is not, it was not trimmed.
+if not generation or generation < known or there and there[1] ~= newest then
   local time = redis.call('TIME')
-  generation = time[1] .. string.format('%06d', time[2])
+  generation = string.format('%016.0f', math.max(time[1] * 1000000 + time[2], (tonumber(known) or 0) + 1))
   redis.call('SET', prefix .. 'generation', generation)
+  redis.call('XADD', feed, '*', 'room', '', 'from', '', 'what', 'generation', 'name', '') -- the feed is never empty
+end
+local function answer(result)
+  return {generation, redis.call('XREVRANGE', feed, '+', '-', 'COUNT', 1)[1][1], result}
 end
 local function open(room)
   local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
@@ -910,25 +911,30 @@ for i = 7, #ARGV, 6 do
     seqs[#seqs + 1] = seq
   end
 end
-return {generation, seqs}`;
+return answer(seqs)`;
 
 /** Only looks whether Redis has lost something. */
 const CHECK_SCRIPT = `${SCRIPT_HEAD}
-return {generation}`;
+return answer(false)`;
 
 /** ARGV: room. Keeps it for a while, or makes it. Returns its epoch, the id of its oldest message, and the seq of its newest. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
 local epoch, meta, log, keys = open(ARGV[5])
 for _, redis_key in ipairs({meta, log, keys}) do redis.call('EXPIRE', redis_key, ${OPEN_SECONDS}, 'GT') end
 local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
-return {generation, {epoch, oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')}}`;
+return answer({epoch, oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')})`;
+
+/** ARGV: room, its epoch as it is known here, XRANGE or XREVRANGE, from, to, count. Returns entries, or nil: the log is another one. */
+const READ_SCRIPT = `${SCRIPT_HEAD}
+local epoch, meta, log = open(ARGV[5])
+return answer(epoch == ARGV[6] and redis.call(ARGV[7], log, ARGV[8], ARGV[9], 'COUNT', ARGV[10]))`;
 
 /** ARGV: this server, seconds. Says that this server lives, and returns all that do. */
 const ALIVE_SCRIPT = `${SCRIPT_HEAD}
 local servers, now = prefix .. 'servers', tonumber(redis.call('TIME')[1])
 redis.call('ZREMRANGEBYSCORE', servers, '-inf', now)
 redis.call('ZADD', servers, now + ARGV[6], ARGV[5])
-return {generation, redis.call('ZRANGE', servers, 0, -1)}`;
+return answer(redis.call('ZRANGE', servers, 0, -1))`;
 
 /** A room's log as the Redis broker knows it, while the room is open here. */
 interface RedisLog {
@@ -962,9 +968,10 @@ class RedisBroker implements Broker {
   #storing = false;
   /** The connection for all but the tail; undefined until it is needed, and after it failed. */
   #commands: Bun.RedisClient | undefined;
-  /** The {@link SCRIPT_HEAD generation} that is known here. */
+  /** The {@link SCRIPT_HEAD generation} and the newest entry of its feed that are known here. */
   #generation = "";
-  /** The last entry that was read of the feed; undefined at first and in a new generation, until `#catchUp` finds the feed's end. */
+  #newest = "";
+  /** The last entry that the tail has read; undefined at first and in a new generation, until `#catchUp` finds where to begin. */
   #cursor: string | undefined;
   /** The connection for the tail. */
   #tail: Bun.RedisClient | undefined;
@@ -1035,8 +1042,8 @@ class RedisBroker implements Broker {
   }
 
   async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
-    const range = [`${this.config.prefix}log:${room}`, `${to}-0`, `${from}-0`, "COUNT", `${limit}`];
-    const entries = from > to ? [] : ((await this.#send("XREVRANGE", range)) as StreamEntry[]);
+    const log = this.#logs.get(room);
+    const entries = log && from <= to ? await this.#range(log, "XREVRANGE", to, from, limit) : [];
     return newestThatFit(entries.map(streamMessage));
   }
 
@@ -1078,7 +1085,8 @@ class RedisBroker implements Broker {
   async #finish(): Promise<void> {
     while (this.#storing && !this.#stopped) await Bun.sleep(GATHER_MS);
     await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]);
-    const last = (await this.#endOfFeed("newest")) ?? "0-0";
+    await this.#run(CHECK_SCRIPT, []);
+    const last = this.#newest;
     while (idBefore(this.#cursor ?? last, last) && !this.#stopped) await Bun.sleep(GATHER_MS);
   }
 
@@ -1160,11 +1168,12 @@ class RedisBroker implements Broker {
       string,
       StreamEntry[]
     > | null;
-    if (reply === null) return;
+    if (reply === null || this.#cursor === undefined) return; // silence; or a new generation has begun meanwhile
     const byRoom = new Map<RedisLog, Entry[]>();
     const read = reply[feed] ?? [];
     for (const [id, fields] of read) {
       this.#cursor = id;
+      if (idBefore(this.#newest, id)) this.#newest = id;
       // A message: room, epoch, seq, at, name, text, key. A notice: room, from, what, name. Each field by name and value.
       const [, room = "", secondField, epoch = "", , seq = "", ...rest] = fields;
       const log = this.#logs.get(room);
@@ -1178,8 +1187,8 @@ class RedisBroker implements Broker {
     if (byRoom.size > 0 && read.length < GATHER_POSTS) this.#toldAt = performance.now();
     if (read.length < FEED_READ) return;
     // This server lags: what it has not read yet may be cut off by now.
-    const oldest = await this.#endOfFeed("oldest");
-    if (oldest === null || idBefore(from, oldest)) this.#doubt = true;
+    const [oldest] = (await this.#send("XRANGE", [feed, "-", "+", "COUNT", "1"])) as StreamEntry[];
+    if (!oldest || idBefore(from, oldest[0])) this.#doubt = true;
   }
 
   /** A notice, by its fields: another server tells that presence changed, or that somebody types. */
@@ -1209,8 +1218,7 @@ class RedisBroker implements Broker {
   async #catchUp(): Promise<void> {
     await this.#run(CHECK_SCRIPT, []);
     this.#doubt = false;
-    // In an empty feed a notice to nobody: from its start nobody could tell what was cut off.
-    this.#cursor ??= (await this.#endOfFeed("newest")) ?? ((await this.#notify("here", "", "")) as string);
+    this.#cursor ??= this.#newest;
     const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
     const states = await Promise.all(logs.map(({ room }) => this.#openLog(room)));
     for (const [i, log] of logs.entries()) {
@@ -1224,8 +1232,7 @@ class RedisBroker implements Broker {
   async #fill(log: RedisLog, last: number): Promise<void> {
     while ((log.last as number) < last && this.#logs.get(log.room) === log) {
       const next = (log.last as number) + 1;
-      const range = [`${this.config.prefix}log:${log.room}`, `${next}-0`, `${last}-0`, "COUNT", `${FEED_READ}`];
-      const messages = ((await this.#send("XRANGE", range)) as StreamEntry[]).map(streamMessage);
+      const messages = (await this.#range(log, "XRANGE", next, last, FEED_READ)).map(streamMessage);
       if (messages[0]?.seq !== next) return this.#lose(log); // trimmed: too far behind
       this.#take(
         log,
@@ -1299,11 +1306,12 @@ class RedisBroker implements Broker {
     return this.#send("XADD", [`${this.config.prefix}feed`, "MAXLEN", "~", `${FEED_ENTRIES}`, "*", ...fields]);
   }
 
-  /** The id of the feed's newest or oldest entry, or null when it has none. */
-  async #endOfFeed(end: "newest" | "oldest"): Promise<string | null> {
-    const [command, from, to] = end === "newest" ? (["XREVRANGE", "+", "-"] as const) : (["XRANGE", "-", "+"] as const);
-    const entries = await this.#send(command, [`${this.config.prefix}feed`, from, to, "COUNT", "1"]);
-    return (entries as StreamEntry[])[0]?.[0] ?? null;
+  /** Entries of an open room's log. There are none when it is another log by now. */
+  async #range(log: RedisLog, command: "XRANGE" | "XREVRANGE", from: number, to: number, count: number) {
+    const args = [log.room, log.epoch, command, `${from}-0`, `${to}-0`, `${count}`];
+    const entries = (await this.#run(READ_SCRIPT, args)) as StreamEntry[] | null;
+    if (!entries) this.#lose(log);
+    return entries ?? [];
   }
 
   /**
@@ -1311,14 +1319,16 @@ class RedisBroker implements Broker {
    * It is sent whole: sent by its hash, it would have to be sent again to a Redis that has forgotten it.
    */
   async #run(script: string, args: string[]): Promise<unknown> {
-    const head = [this.config.prefix, this.#generation, this.#cursor ?? "", randomName()];
-    const reply = await this.#send("EVAL", [script, "0", ...head, ...args]);
-    const [generation, result] = reply as [string, unknown];
+    const head = [this.config.prefix, this.#generation, this.#newest, randomName()];
+    const answer = await this.#send("EVAL", [script, "0", ...head, ...args]);
+    const [generation, newest, result] = answer as [string, string, unknown];
     if (generation !== this.#generation) {
       this.#generation = generation;
+      this.#newest = newest;
       this.#cursor = undefined;
       this.#doubt = true;
     }
+    if (idBefore(this.#newest, newest)) this.#newest = newest;
     return result;
   }
 
@@ -2477,7 +2487,8 @@ for i = 3, #ARGV, 5 do
   local seq, at, name, text, key = unpack(ARGV, i, i + 4)
   redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
   if key ~= '' then redis.call('HSET', keys, key, seq) end
-end`;
+end
+for _, redis_key in ipairs({log, keys}) do redis.call('EXPIRE', redis_key, ${OPEN_SECONDS}) end`;
 
 /** A room appears when its last message is there. If anything fails, what was written before is taken back. */
 async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<string, Line[]>): Promise<void> {
