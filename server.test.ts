@@ -3824,6 +3824,30 @@ describe("export and import", () => {
     expect(await epoch()).toMatch(/^(?!0123456789abcdef)[0-9a-f]{16}$/);
   });
 
+  test.skipIf(!REDIS_SERVER)(
+    "lose nothing when somebody comes into a room that is being imported, who sees it then",
+    async () => {
+      const redis = await ownRedis();
+      const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+      const lines = ["big", "other"].flatMap((room) =>
+        Array.from({ length: 10_000 }, (_, i) =>
+          JSON.stringify({ room, epoch: "0123456789abcdef", seq: i + 1, at: 1, name: "Ann", text: "hi", key: `k${i}` }),
+        ),
+      );
+      const importing = importMessages(readConfig({ REDIS_URL: redis.url }), lines.join("\n"));
+      const begun = async () => ((await redis.command("KEYS", "chat:*log:big")) as string[]).length > 0;
+      await eventually("the first of them in Redis", begun);
+      const bo = await Client.join(url, { room: "big" });
+      expect([0, 100]).toContain((await bo.first("hello")).messages.length); // all of it or nothing
+      await importing;
+      expect((await within(bo.closed, "the close")).code).toBe(1013); // there is more to see now
+      expect((await (await Client.join(url, { room: "big" })).first("hello")).last).toBe(10_000);
+      expect(await redis.command("XLEN", "chat:log:big")).toBe(10_000);
+      const keys = (await redis.command("KEYS", "chat:import*")) as string[];
+      expect(keys).toEqual([]);
+    },
+  );
+
   test("refuse a broken line with its number, a room that is there, and a store in use, and change nothing", async () => {
     const line = { room: "", epoch: "0123456789abcdef", seq: 1, at: 1, name: "Ann", text: "hi", key: "k" };
     const broken: [unknown, string][] = [

@@ -2480,9 +2480,9 @@ function importSqlite(config: Config, rooms: Map<string, Line[]>): void {
   }
 }
 
-/** ARGV: prefix, room, then seq, at, name, text, key of each message. */
+/** ARGV: prefix, room, then seq, at, name, text, key of each message. Nobody sees them there: they are gone in a while. */
 const IMPORT_SCRIPT = `
-local log, keys = ARGV[1] .. 'log:' .. ARGV[2], ARGV[1] .. 'keys:' .. ARGV[2]
+local log, keys = ARGV[1] .. 'import-log:' .. ARGV[2], ARGV[1] .. 'import-keys:' .. ARGV[2]
 for i = 3, #ARGV, 5 do
   local seq, at, name, text, key = unpack(ARGV, i, i + 4)
   redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
@@ -2490,36 +2490,47 @@ for i = 3, #ARGV, 5 do
 end
 for _, redis_key in ipairs({log, keys}) do redis.call('EXPIRE', redis_key, ${OPEN_SECONDS}) end`;
 
-/** A room appears when its last message is there. If anything fails, what was written before is taken back. */
+/** ARGV: seconds until an idle room expires (0: never), then room, epoch, last of each. Returns a room that is there already, or nil. */
+const IMPORTED_SCRIPT = `${SCRIPT_HEAD}
+for i = 6, #ARGV, 3 do
+  if tonumber(redis.call('HGET', prefix .. 'room:' .. ARGV[i], 'last') or 0) > 0 then return answer(ARGV[i]) end
+end
+local idle = tonumber(ARGV[5])
+for i = 6, #ARGV, 3 do
+  local room, epoch, last = unpack(ARGV, i, i + 2)
+  local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
+  redis.call('DEL', meta, log, keys)
+  redis.call('HSET', meta, 'epoch', epoch, 'last', last, 'generation', generation)
+  redis.call('RENAME', prefix .. 'import-log:' .. room, log)
+  if redis.call('EXISTS', prefix .. 'import-keys:' .. room) == 1 then
+    redis.call('RENAME', prefix .. 'import-keys:' .. room, keys)
+  end
+  for _, redis_key in ipairs({meta, log, keys}) do
+    if idle > 0 then redis.call('EXPIRE', redis_key, idle) else redis.call('PERSIST', redis_key) end
+  end
+  -- Whoever waits in the empty room is sent to come back, by a message of another epoch.
+  redis.call('XADD', feed, 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch, 'seq', last, 'at', 0)
+end
+return answer(false)`;
+
+/** All rooms appear in one step, when their messages are there. */
 async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<string, Line[]>): Promise<void> {
   using redis = disposable(connectRedis(redisUrl));
-  for (const room of rooms.keys()) {
-    const last = Number(await redis.send("HGET", [`${prefix}room:${room}`, "last"]));
-    if (last > 0) throw new StartError(`Room "${room}" has messages already. Nothing was imported.`);
-  }
-  const written: string[] = [];
-  try {
-    for (const [room, lines] of rooms) {
-      const names = ["room:", "log:", "keys:"].map((kind) => `${prefix}${kind}${room}`);
-      written.push(...names);
-      await redis.send("DEL", names);
-      for (let i = 0; i < lines.length; i += MOVE_MESSAGES) {
-        const some = lines.slice(i, i + MOVE_MESSAGES);
-        const args = some.flatMap(({ seq, at, name, text, key }) => [`${seq}`, `${at}`, name, text, key ?? ""]);
-        await redis.send("EVAL", [IMPORT_SCRIPT, "0", prefix, room, ...args]);
-      }
+  for (const [room, lines] of rooms) {
+    await redis.send("DEL", [`${prefix}import-log:${room}`, `${prefix}import-keys:${room}`]);
+    for (let i = 0; i < lines.length; i += MOVE_MESSAGES) {
+      const some = lines.slice(i, i + MOVE_MESSAGES);
+      const args = some.flatMap(({ seq, at, name, text, key }) => [`${seq}`, `${at}`, name, text, key ?? ""]);
+      await redis.send("EVAL", [IMPORT_SCRIPT, "0", prefix, room, ...args]);
     }
-    const [generation] = (await redis.send("EVAL", [CHECK_SCRIPT, "0", prefix, "", "", ""])) as [string];
-    for (const [room, lines] of rooms) {
-      const { epoch, seq } = lines.at(-1) as Line;
-      const state = ["epoch", epoch, "last", `${seq}`, "generation", generation];
-      await redis.send("HSET", [`${prefix}room:${room}`, ...state]);
-    }
-    if (idleDays > 0) for (const name of written) await redis.send("EXPIRE", [name, `${idleDays * DAY_SECONDS}`]);
-  } catch (error) {
-    if (written.length > 0) await redis.send("DEL", written);
-    throw error;
   }
+  const states = Array.from(rooms, ([room, lines]) => {
+    const { epoch, seq } = lines.at(-1) as Line;
+    return [room, epoch, `${seq}`];
+  });
+  const args = [prefix, "", "", "", `${idleDays * DAY_SECONDS}`, ...states.flat()];
+  const [, , taken] = (await redis.send("EVAL", [IMPORTED_SCRIPT, "0", ...args])) as [string, string, string | null];
+  if (taken !== null) throw new StartError(`Room "${taken}" has messages already. Nothing was imported.`);
 }
 
 // ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
