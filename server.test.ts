@@ -4183,6 +4183,86 @@ describePage("nothing is lost in the page", () => {
     expect(textsOf(await readLog(url))).toEqual(["the next one"]);
   });
 
+  test("what waits in one room is not sent in another, whose name is the beginning of its name", async () => {
+    const db = newFile();
+    const first = await spawnServer({ CHAT_DB: db });
+    const port = new URL(first.url).port;
+    const tab = await Tab.join(`${first.url}team:secret`, { serverGoes: true });
+    first.kill("SIGKILL");
+    await tab.say("the secret");
+    await tab.untilText("the secret", "pending");
+    await tab.go("about:blank");
+    const { url } = await spawnServer({ CHAT_DB: db, PORT: port });
+    for (const room of ["team", ""]) {
+      await tab.go(url + room);
+      await tab.online();
+      await tab.say("said here");
+      await tab.untilText("said here", "sent");
+      expect(textsOf(await readLog(url, room))).toEqual(["said here"]);
+    }
+    await tab.go(`${url}team:secret`);
+    await tab.untilText("the secret", "sent");
+  });
+
+  test("a name that is given while the page connects is the one that others see", async () => {
+    const { url } = await start();
+    const wire = await Wire.to({ port: Number(new URL(url).port) });
+    const tab = await Tab.join(`http://${wire.address}/`);
+    wire.silence();
+    await tab.run(() => {
+      (globalThis as any).WebSocket = class extends WebSocket {
+        constructor(...args: ConstructorParameters<typeof WebSocket>) {
+          super(...args);
+          document.body.dataset.attempt = "made";
+        }
+      };
+      dispatchEvent(new Event("offline")); // and after a moment a new connection, which is not answered
+    });
+    await tab.until("the attempt", () => document.body.dataset.attempt === "made");
+    await tab.run(() => {
+      document.querySelector<HTMLElement>("#me")!.click();
+      document.querySelector<HTMLTextAreaElement>("#new-name")!.value = "Newname";
+      document.querySelector<HTMLElement>("#rename .main")!.click();
+    });
+    wire.speak();
+    await tab.online();
+    await tab.say("who am I");
+    await tab.untilText("who am I", "sent");
+    expect((await readLog(url)).map(({ name }) => name)).toEqual(["Newname"]);
+  });
+
+  test("a key that somebody took from another room makes no message one's own", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(`${url}one`);
+    await tab.say("mine");
+    await tab.untilText("mine", "sent");
+    const [{ key } = { key: "" }] = await readLog(url, "one");
+    const mallory = await Client.join(url, { room: "two", name: "Mallory" });
+    mallory.post("not mine", key as string);
+    await mallory.untilMessages(1);
+    await tab.go(`${url}two`);
+    await tab.untilText("not mine");
+    expect(await tab.texts("sent")).toEqual([]);
+    await tab.go(`${url}one`);
+    await tab.untilText("mine", "sent");
+  });
+
+  test("what can be done with a post that failed keeps the focus while others write", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    const bo = await Client.join(url, { name: "Bo" });
+    const long = "x".repeat(16 * 1024 + 1);
+    await tab.say(long);
+    await tab.untilText(long, "failed");
+    await tab.run(() => document.querySelector<HTMLElement>(".why .retry")!.focus());
+    bo.post("hello");
+    await tab.untilText("hello");
+    expect(await tab.run(() => document.activeElement!.className)).toBe("retry");
+    await tab.view.press("Enter"); // it is too long still
+    await tab.untilText(long, "failed");
+    expect(await tab.run(() => document.activeElement!.className)).toStartWith("message "); // the button went meanwhile
+  });
+
   test("a password is asked for, refused, taken, and then the page connects", async () => {
     const { url } = await start({ password: "sesame" });
     const tab = await Tab.open(url);
@@ -4231,6 +4311,22 @@ describePage("the connection", () => {
     await offline(false);
     await tab.untilText("written offline", "sent");
     expect(textsOf(await readLog(url))).toEqual(["written offline"]);
+  });
+
+  test("a room whose name begins with a slash is a room, and what is typed as a path leads to the room", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(`${url}%2Fevil.example`);
+    await tab.say("said here");
+    await tab.untilText("said here", "sent");
+    expect(textsOf(await readLog(url, "/evil.example"))).toEqual(["said here"]);
+    const links = () => [...document.querySelectorAll<HTMLAnchorElement>("#visited a")].map(({ href }) => href);
+    expect(await tab.run(links)).toEqual([url, `${url}%2Fevil.example`]);
+    await tab.run(() => {
+      document.querySelector<HTMLTextAreaElement>("#go-room")!.value = "/team";
+      document.querySelector<HTMLElement>("#go button")!.click();
+    });
+    await tab.until("the room", () => location.pathname === "/team");
+    await tab.online();
   });
 
   test("an address that names no room is told so, and nothing is connected", async () => {
