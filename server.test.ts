@@ -4295,7 +4295,7 @@ describePage("the connection", () => {
   test("being offline is said in words, and what was written is sent at once when it ends", async () => {
     const { url } = await start();
     const tab = await Tab.join(url);
-    tab.expected = /ERR_INTERNET_DISCONNECTED/;
+    tab.expected = /ERR_INTERNET_DISCONNECTED|closed before the connection is established/;
     const offline = (offline: boolean) =>
       tab.view.cdp("Network.emulateNetworkConditions", {
         offline,
@@ -4462,6 +4462,26 @@ describePage("scrolling", () => {
 });
 
 describePage("a history of the longest messages", () => {
+  test("whose middle was trimmed meanwhile goes on at its end, and asks for nothing again and again", async () => {
+    const { url } = await start({ rate: 0, history: 300 });
+    const filler = await fill(url, "", 300);
+    const tab = await Tab.open(`${url}#50`);
+    await tab.untilText("Message 50");
+    for (let n = 301; n <= 2500; n++) filler.post(`Message ${n}`, `more-${n}`);
+    await filler.untilMessages(2500);
+    await tab.run(() => {
+      const { send } = WebSocket.prototype;
+      Object.assign(globalThis, { asked: 0 });
+      WebSocket.prototype.send = function (frame) {
+        if (String(frame).includes('"page"')) (globalThis as any).asked++;
+        send.call(this, frame);
+      };
+    });
+    await tab.run(() => void (document.querySelector("#log")!.scrollTop = 1e9));
+    await tab.untilText("Message 2500");
+    expect(await tab.run(() => (globalThis as any).asked)).toBeLessThan(10);
+  });
+
   test("can be read up and down, and opened at any message, though its pages are cut", async () => {
     const { url } = await start({ rate: 0 });
     await fill(url, "", 150, (n) => `${n} ${"x".repeat(16_000)}`);
