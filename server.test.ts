@@ -6,7 +6,16 @@
  */
 import { Database } from "bun:sqlite";
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, setSystemTime, spyOn, test } from "bun:test";
-import { copyFileSync, mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync, writeFileSync } from "node:fs";
+import {
+  copyFileSync,
+  mkdtempSync,
+  readdirSync,
+  readFileSync,
+  readlinkSync,
+  rmSync,
+  symlinkSync,
+  writeFileSync,
+} from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
@@ -1541,7 +1550,7 @@ describe("the SQLite store", () => {
       [text, /not a database/],
       [folder, /unable to open/],
       [used, /second server/],
-      [FOLDER, /unable/],
+      [FOLDER, /illegal operation on a directory/],
     ] as const) {
       const { code, said } = await failedStart({ CHAT_DB: db });
       expect([db, code]).toEqual([db, 1]);
@@ -2638,6 +2647,35 @@ describe("when the machine is at its end", () => {
     first.kill("SIGKILL");
     await first.exited;
     expect(textsOf(await readLog((await start({ db: file })).url))).toEqual(["mine"]); // a dead server's lock is none
+    const later = newFile(); // a file that is not there yet
+    symlinkSync(later, `${later}-link`);
+    await spawnServer({ CHAT_DB: `${later}-link` });
+    for (const path of [later, ` ${later} `]) expect((await failedStart({ CHAT_DB: path })).code).toBe(1);
+  });
+
+  test("of haste: who looks at the lock for a moment, as a second server does, keeps nobody from starting", async () => {
+    const file = newFile();
+    using other = new Database(`${file}-lock`);
+    other.run("CREATE TABLE looked (at)");
+    other.run("BEGIN");
+    other.query("SELECT * FROM looked").all();
+    const server = spawn({ CHAT_DB: file });
+    const files = () => readdirSync(`/proc/${server.pid}/fd`).map((fd) => readlinkSync(`/proc/${server.pid}/fd/${fd}`));
+    const asks = () => server.exitCode !== null || files().includes(`${file}-lock`);
+    await eventually("the server at the lock", () => Promise.try(asks).catch(() => false)); // a file may close meanwhile
+    other.run("COMMIT");
+    const { value } = await within(server.stdout.getReader().read(), "what it says");
+    expect(new TextDecoder().decode(value)).toStartWith("The chat is open");
+  });
+
+  test("of a terminal that closes, when it was started with nohup", async () => {
+    const server = await spawnServer({}, "trap '' HUP");
+    const ann = await Client.join(server.url);
+    server.kill("SIGHUP");
+    ann.post("still here");
+    await ann.untilMessages(1);
+    await ann.settle();
+    expect([server.exitCode, server.signalCode]).toEqual([null, null]);
   });
 
   test("of luck with the clock: set back an hour, seqs and order hold, sessions and rates work", async () => {

@@ -25,7 +25,7 @@
  */
 import { Database, type Statement } from "bun:sqlite";
 import { createHmac, createPrivateKey, scryptSync, timingSafeEqual, X509Certificate } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, realpathSync } from "node:fs";
+import { closeSync, openSync, readFileSync, realpathSync } from "node:fs";
 import { networkInterfaces } from "node:os";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
@@ -309,8 +309,8 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   if (!env.TLS_CERT !== !env.TLS_KEY) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
   return Object.freeze<Config>({
     port: wholeNumber("PORT", env.PORT || "8080", 0, 65535),
-    host: env.HOST || "",
-    db: env.CHAT_DB || "chat.sqlite",
+    host: (env.HOST ?? "").replace(/^\[(.*)\]$/, "$1"), // an IPv6 address, as a URL has it
+    db: (env.CHAT_DB ?? "").trim() || "chat.sqlite",
     sync: oneOf("CHAT_SYNC", env.CHAT_SYNC || "full", SYNC_MODES),
     redisUrl: env.REDIS_URL || "",
     prefix: env.CHAT_PREFIX || "chat:",
@@ -771,7 +771,10 @@ function randomName(): string {
 function openLocked({ db: path, sync }: Config): { db: Database; lock: Database | undefined } {
   let lock: Database | undefined;
   try {
-    lock = path === ":memory:" ? undefined : lockDatabase(`${existsSync(path) ? realpathSync(path) : path}-lock`);
+    if (path !== ":memory:") {
+      closeSync(openSync(path, "a")); // it is there from now on: by all its names the lock is the same
+      lock = lockDatabase(`${realpathSync(path)}-lock`);
+    }
     return { db: openDatabase(path, sync), lock };
   } catch (error) {
     lock?.close();
@@ -784,8 +787,8 @@ function openLocked({ db: path, sync }: Config): { db: Database; lock: Database 
 /** Takes the lock that keeps a second server off the database. @throws when it is taken */
 function lockDatabase(path: string): Database {
   const lock = new Database(path);
-  lock.run("PRAGMA locking_mode = EXCLUSIVE");
-  lock.run("BEGIN EXCLUSIVE");
+  lock.run("PRAGMA busy_timeout = 500"); // of two that start at the same moment, one gets it
+  lock.run("BEGIN EXCLUSIVE"); // and keeps it: it never ends
   return lock;
 }
 
