@@ -1548,7 +1548,7 @@ describe("the SQLite store", () => {
     const folder = join(FOLDER, "no", "such", "folder.sqlite");
     for (const [db, why] of [
       [text, /not a database/],
-      [folder, /unable to open/],
+      [folder, /no such file or directory/],
       [used, /second server/],
       [FOLDER, /illegal operation on a directory/],
     ] as const) {
@@ -3689,6 +3689,7 @@ describe("an operator", () => {
       { CHAT_RATE: "1.5" },
       { LOG_LEVEL: "verbose" },
       { CHAT_ORIGINS: "https://a.example/path" },
+      { CHAT_ORIGINS: "*.a.example" },
     ];
     for (const env of bad) {
       const [[variable, value]] = Object.entries(env) as [[string, string]];
@@ -3722,6 +3723,10 @@ describe("an operator", () => {
     expect(Object.isFrozen(readConfig({}))).toBe(true);
   });
 
+  test("may write an IPv6 address as a URL has it", () => {
+    expect(["[::1]", "::1", "localhost"].map((HOST) => readConfig({ HOST }).host)).toEqual(["::1", "::1", "localhost"]);
+  });
+
   test("is told in one line when the port is taken", async () => {
     const { url } = await start();
     const { port } = new URL(url);
@@ -3747,13 +3752,15 @@ describe("an operator", () => {
     const server = await spawnServer({ LOG_LEVEL: "debug" });
     const ann = await Client.join(server.url, { name: "Ann" });
     ann.post("line one\nline two");
-    await ann.untilMessages(1);
+    ann.post("a\u009bb\u202ec\u2028d");
+    await ann.untilMessages(2);
     await ann.leave();
     server.kill("SIGTERM");
     expect(await within(server.exited, "the end")).toBe(0);
     expect(server.output).toMatch(/^The chat is open: http:\/\/localhost:\d+\/\n/);
     expect(server.output).toContain(" joined the lobby (Ann)\n");
     expect(server.output).toContain('the lobby #1 Ann: "line one\\nline two"\n');
+    expect(server.output).toContain('the lobby #2 Ann: "a\\u{9b}b\\u{202e}c\\u{2028}d"\n'); // none that a terminal obeys
     expect(server.output).toContain(" left the lobby (1005)\n");
   });
 

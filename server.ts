@@ -336,7 +336,11 @@ function readOrigins(list: string): readonly string[] {
   return entries.map((entry) => {
     if (entry === "*") return entry;
     const url = URL.parse(entry.includes("://") ? entry : `http://${entry}`);
-    const bare = url && /^https?:$/.test(url.protocol) && `${url.pathname}${url.search}${url.hash}` === "/";
+    const bare =
+      url &&
+      !entry.includes("*") &&
+      /^https?:$/.test(url.protocol) &&
+      `${url.pathname}${url.search}${url.hash}` === "/";
     if (bare) return entry.includes("://") ? url.origin : entry;
     throw new StartError(
       `CHAT_ORIGINS=${list}: must be origins (https://a.example) or hosts, separated by commas, or *.`,
@@ -367,8 +371,13 @@ class Outage {
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
-    if (level === "error") console.error(line);
-    else console.log(line);
+    // Names and texts may hold signs that turn a line around, or that a terminal obeys. (Those of the banner are ours.)
+    const seen = line.replace(
+      /(?![\n\x1b])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu,
+      (sign) => `\\u{${(sign.codePointAt(0) as number).toString(16)}}`,
+    );
+    if (level === "error") console.error(seen);
+    else console.log(seen);
   };
 }
 
@@ -2591,8 +2600,8 @@ async function serve(config: Config): Promise<void> {
   const stop = () => void chat.stop().then(() => process.exit(0));
   process.on("SIGTERM", stop);
   process.on("SIGINT", stop);
+  if (config.tlsCert === "") return; // a terminal that closes ends it then, but not under nohup
   process.on("SIGHUP", () => {
-    if (config.tlsCert === "") return stop(); // the terminal was closed
     try {
       chat.reloadTls();
       log("info", "The TLS files were read again.");
