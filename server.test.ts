@@ -3903,6 +3903,7 @@ describe("export and import", () => {
       [{ ...line, seq: 3 }, "it does not follow the one before"],
       [{ ...line, seq: 0 }, "it has no valid seq"],
       [{ ...line, seq: 2, at: "now" }, "it has no valid time"],
+      [{ ...line, seq: 2, at: 9e15 }, "it has no valid time"],
       [{ ...line, seq: 2, name: " " }, "it has no valid name"],
       [{ ...line, seq: 2, text: "x".repeat(16385) }, "it has no valid text"],
       [{ ...line, seq: 2, key: "a b" }, "its key is not valid"],
@@ -4323,6 +4324,7 @@ describePage("nothing is lost in the page", () => {
     await tab.view.press("Enter");
     await tab.online();
     expect(await tab.run(() => document.querySelector<HTMLElement>("#password-form")!.hidden)).toBe(true);
+    expect(await tab.run(() => document.querySelector<HTMLTextAreaElement>("#password")!.value)).toBe("");
     expect(await tab.run(() => document.activeElement!.id)).toBe("text");
   });
 
@@ -4333,6 +4335,22 @@ describePage("nothing is lost in the page", () => {
     await tab.view.type("half a thou");
     await tab.reload();
     expect(await tab.run(() => document.querySelector<HTMLTextAreaElement>("#text")!.value)).toBe("half a thou");
+  });
+
+  test("the page works whatever others have written into its storage", async () => {
+    const { url } = await start();
+    const tab = await Tab.join(url);
+    for (const value of ["5", "{}", "[null, 5]", '{"alive":1}', '{"alive":1,"posts":[null,{"key":"k"}]}', "no json"]) {
+      await tab.run((value) => {
+        for (const key of ["name", "keys", "rooms", "notify", "draft:", "outbox::A"])
+          localStorage.setItem(`chat.${key}`, value);
+      }, value);
+      await tab.reload();
+      await tab.online();
+      await tab.say(value);
+      await tab.untilText(value, "sent");
+    }
+    await tab.run(() => localStorage.clear());
   });
 });
 
@@ -4507,7 +4525,7 @@ describePage("scrolling", () => {
 });
 
 describePage("a history of the longest messages", () => {
-  test("whose middle was trimmed meanwhile goes on at its end, and asks for nothing again and again", async () => {
+  test("whose middle was trimmed meanwhile is not asked for again and again, and the button leads to its end", async () => {
     const { url } = await start({ rate: 0, history: 300 });
     const filler = await fill(url, "", 300);
     const tab = await Tab.open(`${url}#50`);
@@ -4523,6 +4541,8 @@ describePage("a history of the longest messages", () => {
       };
     });
     await tab.run(() => void (document.querySelector("#log")!.scrollTop = 1e9));
+    await tab.until("an answer", () => document.querySelector("#log")!.getAttribute("aria-busy") === "false");
+    await tab.run(() => document.querySelector<HTMLElement>("#newer")!.click());
     await tab.untilText("Message 2500");
     expect(await tab.run(() => (globalThis as any).asked)).toBeLessThan(10);
   });
@@ -4665,7 +4685,8 @@ describePage("what people write stays text", () => {
     const name = await tab.run(() => document.querySelector("#me")!.textContent!);
     bo.post(`(see https://a.example/x?y=1.) \`a <b>\` @${name}!\n\`\`\`js\nlet x = "<i>";\n\`\`\``, "k1");
     bo.post("看这里：https://b.example/路径，好吗？", "k2");
-    await tab.until("both", () => document.querySelectorAll(".message").length === 2);
+    bo.post(`“https://c.example” [https://d.example/] **https://e.example** (https://f.example/(g)) ${name}ë`, "k3");
+    await tab.until("all", () => document.querySelectorAll(".message").length === 3);
     const found = () => [...document.querySelectorAll(".text *")].map((e) => [e.localName, e.textContent!]);
     expect(await tab.run(found)).toEqual([
       ["a", "https://a.example/x?y=1"],
@@ -4674,6 +4695,10 @@ describePage("what people write stays text", () => {
       ["pre", 'let x = "<i>";'],
       ["code", 'let x = "<i>";'],
       ["a", "https://b.example/路径"],
+      ...["https://c.example", "https://d.example/", "https://e.example", "https://f.example/(g)"].map((url) => [
+        "a",
+        url,
+      ]),
     ]);
     const link = () => {
       const { href, rel, target } = document.querySelector<HTMLAnchorElement>(".text a")!;

@@ -2281,7 +2281,7 @@ class Page {
 
   constructor(html: string) {
     this.#plain = new TextEncoder().encode(html);
-    this.#gzip = Bun.gzipSync(this.#plain, { level: 9 });
+    this.#gzip = Bun.gzipSync(this.#plain, { library: "libdeflate", level: 10 }); // 10 ms, once, for 5 % less each time
     this.#headers = {
       "Content-Type": "text/html; charset=utf-8",
       "Content-Security-Policy": contentSecurityPolicy(html),
@@ -2452,7 +2452,7 @@ function parseLine(json: string): Line | string {
     return "it has no valid room";
   if (typeof epoch !== "string" || !/^[0-9a-f]{16}$/.test(epoch)) return "it has no valid epoch";
   if (!Number.isSafeInteger(seq) || (seq as number) < 1) return "it has no valid seq";
-  if (!Number.isSafeInteger(at)) return "it has no valid time";
+  if (!Number.isInteger(at) || Number.isNaN(new Date(at as number).getTime())) return "it has no valid time";
   if (typeof name !== "string" || cleanName(name) !== name) return "it has no valid name";
   if (typeof text !== "string" || longerThan(text, MAX_TEXT) || !text.isWellFormed()) return "it has no valid text";
   if (key !== undefined && !(typeof key === "string" && KEY.test(key))) return "its key is not valid";
