@@ -4250,6 +4250,22 @@ describePage("nothing is lost in the page", () => {
     await tab.untilText("the secret", "sent");
   });
 
+  test("what is written while reading old messages without a connection is pending at once, and sent at the end", async () => {
+    const { url } = await start({ rate: 0 });
+    await fill(url, "", 700);
+    const wire = await Wire.to({ port: Number(new URL(url).port) });
+    const tab = await Tab.open(`http://${wire.address}/#50`);
+    await tab.untilText("Message 50");
+    wire.silence();
+    await tab.run(() => dispatchEvent(new Event("offline")));
+    await tab.say("written there");
+    await tab.untilText("written there", "pending");
+    wire.cut();
+    wire.speak();
+    await tab.untilText("written there", "sent");
+    await tab.untilText("Message 700");
+  });
+
   test("a name that is given while the page connects is the one that others see", async () => {
     const { url } = await start();
     const wire = await Wire.to({ port: Number(new URL(url).port) });
