@@ -210,6 +210,12 @@ class Redis {
     await this.command("CONFIG", "SET", "appendonly", "no");
     rmSync(join(this.folder, "appendonlydir"), { recursive: true });
   }
+
+  /** Kills it, and starts it again with what was there at the last `SAVE`. */
+  async goBack(): Promise<void> {
+    await this.kill();
+    await this.run("--appendonly", "no");
+  }
 }
 
 /** A TCP proxy: the network between a server and its Redis, or between a page and its server. */
@@ -2898,6 +2904,13 @@ async function startServers(count: number, url: string, env: Record<string, stri
   return Promise.all([start({ ...config, port: 0, logLevel: "silent" }), ...(await spawnServers(count - 1, url, env))]);
 }
 
+/** One server, in this process, over a Redis of its own. */
+async function startOverRedis(): Promise<{ redis: Redis; url: string }> {
+  const redis = await ownRedis();
+  const [server] = await startServers(1, redis.url);
+  return { redis, url: (server as { url: string }).url };
+}
+
 /** Servers of one chat, `direct` ones and then one that reaches the Redis over a wire. */
 async function startWired(direct: number): Promise<{ redis: Redis; wire: Wire; servers: { url: string }[] }> {
   const redis = await ownRedis();
@@ -3292,8 +3305,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis came back empty: a post is not stored there before those that were lost", async () => {
-    const redis = await ownRedis();
-    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const { redis, url } = await startOverRedis();
     const ann = await Client.join(url);
     ann.post("one");
     await ann.untilMessages(1);
@@ -3304,8 +3316,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis came back empty: what a plain client posts is stored there, for it sends nothing again", async () => {
-    const redis = await ownRedis();
-    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const { redis, url } = await startOverRedis();
     const plain = await Client.join(url, { plain: true });
     plain.send("one");
     await plain.untilTexts(1);
@@ -3321,8 +3332,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     await allTalk(all, 10);
     await redis.command("SAVE");
     await allTalk(all, 10);
-    await redis.kill();
-    await redis.run("--appendonly", "no");
+    await redis.goBack();
     await allTalk(all, 10);
     await expectOneChat(all, servers);
     for (const { records } of all) expect(records.length).toBeGreaterThanOrEqual(2);
@@ -3343,8 +3353,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     await ann.leave(); // no server has the room open, or remembers how far it was
     const talkers = movers(4, servers);
     for (let loss = 0; loss < 2; loss++) {
-      await redis.kill();
-      await redis.run("--appendonly", "no"); // the second time with a generation that had ended
+      await redis.goBack(); // the second time with a generation that had ended
       await allTalk(talkers, 10);
     }
     const log = await expectOneChat(talkers, servers);
@@ -3365,8 +3374,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     const ann = await Client.join(url);
     ann.post("lost");
     await ann.untilMessages(2);
-    await redis.kill();
-    await redis.run("--appendonly", "no");
+    await redis.goBack();
     expect((await within(ann.closed, "the close")).code).toBe(1013);
     const again = await Client.join(url, { epoch: line.epoch, after: 2 });
     again.post("new");
@@ -3375,8 +3383,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("Redis started again without a message that was told, but had not been read of the feed yet", async () => {
-    const redis = await ownRedis();
-    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const { redis, url } = await startOverRedis();
     const ann = await Client.join(url);
     ann.post("kept");
     await ann.untilMessages(1);
@@ -3387,8 +3394,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
     await redis.command("CLIENT", "UNBLOCK", tail); // if it had begun to wait before
     ann.post("lost");
     await ann.untilMessages(2);
-    await redis.kill();
-    await redis.run("--appendonly", "no");
+    await redis.goBack();
     expect((await within(ann.closed, "the close")).code).toBe(1013);
     const { epoch } = await ann.first("hello");
     const again = await Client.join(url, { epoch, after: 2 });
@@ -3398,8 +3404,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("a hello of the old epoch is never made of the new log", async () => {
-    const redis = await ownRedis();
-    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const { redis, url } = await startOverRedis();
     const ann = await Client.join(url);
     for (let i = 1; i <= 3; i++) ann.post(`m${i}`);
     await ann.untilMessages(3);
@@ -3438,8 +3443,7 @@ describe.skipIf(!REDIS_SERVER)("a fault", () => {
   });
 
   test("a hello that could not be read once is read again for the next who joins", async () => {
-    const redis = await ownRedis();
-    const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+    const { redis, url } = await startOverRedis();
     const ann = await Client.join(url);
     ann.post("hi");
     await ann.untilMessages(1);
@@ -3872,8 +3876,7 @@ describe("export and import", () => {
   test.skipIf(!REDIS_SERVER)(
     "lose nothing when somebody comes into a room that is being imported, who sees it then",
     async () => {
-      const redis = await ownRedis();
-      const [{ url }] = (await startServers(1, redis.url)) as [{ url: string }];
+      const { redis, url } = await startOverRedis();
       const lines = ["big", "other"].flatMap((room) =>
         Array.from({ length: 10_000 }, (_, i) =>
           JSON.stringify({ room, epoch: "0123456789abcdef", seq: i + 1, at: 1, name: "Ann", text: "hi", key: `k${i}` }),

@@ -874,13 +874,21 @@ end
 local function answer(result)
   return {generation, redis.call('XREVRANGE', feed, '+', '-', 'COUNT', 1)[1][1], result}
 end
+local function names(room)
+  return prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
+end
+local function expire(idle, ...) -- in so many seconds, or never
+  for _, name in ipairs({...}) do
+    if idle > 0 then redis.call('EXPIRE', name, idle) else redis.call('PERSIST', name) end
+  end
+end
 local function open(room)
-  local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
+  local meta, log, keys = names(room)
   local epoch, made_in = unpack(redis.call('HMGET', meta, 'epoch', 'generation'))
   if not epoch then
     redis.call('DEL', log, keys)
     redis.call('HSET', meta, 'last', 0)
-    redis.call('EXPIRE', meta, ${OPEN_SECONDS})
+    expire(${OPEN_SECONDS}, meta)
   end
   if made_in ~= generation then -- or it is new
     epoch = new
@@ -917,9 +925,7 @@ for i = 7, #ARGV, 6 do
       for _, entry in ipairs(old) do redis.call('HDEL', keys, entry[2][8]) end -- the value of its fourth field, key
       if old[1] then redis.call('XTRIM', log, 'MINID', old[#old][1]) end
     end
-    for _, redis_key in ipairs({meta, log, keys}) do
-      if idle > 0 then redis.call('EXPIRE', redis_key, idle) else redis.call('PERSIST', redis_key) end
-    end
+    expire(idle, meta, log, keys)
     seqs[#seqs + 1] = seq
   end
 end
@@ -932,7 +938,7 @@ return answer(false)`;
 /** ARGV: room. Keeps it for a while, or makes it. Returns its epoch, the id of its oldest message, and the seq of its newest. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
 local epoch, meta, log, keys = open(ARGV[5])
-for _, redis_key in ipairs({meta, log, keys}) do redis.call('EXPIRE', redis_key, ${OPEN_SECONDS}, 'GT') end
+for _, name in ipairs({meta, log, keys}) do redis.call('EXPIRE', name, ${OPEN_SECONDS}, 'GT') end
 local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
 return answer({epoch, oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')})`;
 
@@ -994,7 +1000,7 @@ class RedisBroker implements Broker {
   /** Posts that Redis does not take. */
   readonly #outage: Outage;
   /** Redis out of reach. */
-  readonly #gap: Outage;
+  readonly #unreachable: Outage;
   /** Whether the feed is out of reach: rooms cannot be opened, posts are refused. */
   #away = true;
   #awayTimer: Timer | undefined;
@@ -1012,7 +1018,7 @@ class RedisBroker implements Broker {
     readonly log: Logger,
   ) {
     this.#outage = new Outage(log);
-    this.#gap = new Outage(log);
+    this.#unreachable = new Outage(log);
     try {
       connectRedis(config.redisUrl).close();
     } catch (error) {
@@ -1183,9 +1189,9 @@ class RedisBroker implements Broker {
     if (reply === null || this.#cursor === undefined) return; // silence; or a new generation has begun meanwhile
     const byRoom = new Map<RedisLog, Entry[]>();
     const read = reply[feed] ?? [];
-    for (const [id, fields] of read) {
-      this.#cursor = id;
-      if (idBefore(this.#newest, id)) this.#newest = id;
+    this.#cursor = read.at(-1)?.[0] ?? from;
+    if (idBefore(this.#newest, this.#cursor)) this.#newest = this.#cursor;
+    for (const [, fields] of read) {
       // A message: room, epoch, seq, at, name, text, key. A notice: room, from, what, name. Each field by name and value.
       const [, room = "", secondField, epoch = "", , seq = "", ...rest] = fields;
       const log = this.#logs.get(room);
@@ -1259,7 +1265,7 @@ class RedisBroker implements Broker {
   }
 
   #back(): void {
-    this.#gap.ends("Redis is there again.");
+    this.#unreachable.ends("Redis is there again.");
     clearTimeout(this.#awayTimer);
     this.#awayTimer = undefined;
     this.#away = false;
@@ -1269,7 +1275,7 @@ class RedisBroker implements Broker {
   /** The feed is out of reach. A short while is bridged; then members are sent to try again, here or at another server. */
   #gone(error: Error): void {
     const redis = `REDIS_URL=${withoutPassword(this.config.redisUrl)}`;
-    this.#gap.begins(`${redis}: cannot be reached: ${error.message}. It is tried until it is there.`);
+    this.#unreachable.begins(`${redis}: cannot be reached: ${error.message}. It is tried until it is there.`);
     this.#awayTimer ??= setTimeout(() => {
       this.#away = true;
       for (const room of [...this.#logs.keys()]) this.events.lost(room);
@@ -2500,7 +2506,7 @@ for i = 3, #ARGV, 5 do
   redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
   if key ~= '' then redis.call('HSET', keys, key, seq) end
 end
-for _, redis_key in ipairs({log, keys}) do redis.call('EXPIRE', redis_key, ${OPEN_SECONDS}) end`;
+for _, name in ipairs({log, keys}) do redis.call('EXPIRE', name, ${OPEN_SECONDS}) end`;
 
 /** ARGV: seconds until an idle room expires (0: never), then room, epoch, last of each. Returns a room that is there already, or nil. */
 const IMPORTED_SCRIPT = `${SCRIPT_HEAD}
@@ -2510,16 +2516,14 @@ end
 local idle = tonumber(ARGV[5])
 for i = 6, #ARGV, 3 do
   local room, epoch, last = unpack(ARGV, i, i + 2)
-  local meta, log, keys = prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
+  local meta, log, keys = names(room)
   redis.call('DEL', meta, log, keys)
   redis.call('HSET', meta, 'epoch', epoch, 'last', last, 'generation', generation)
   redis.call('RENAME', prefix .. 'import-log:' .. room, log)
   if redis.call('EXISTS', prefix .. 'import-keys:' .. room) == 1 then
     redis.call('RENAME', prefix .. 'import-keys:' .. room, keys)
   end
-  for _, redis_key in ipairs({meta, log, keys}) do
-    if idle > 0 then redis.call('EXPIRE', redis_key, idle) else redis.call('PERSIST', redis_key) end
-  end
+  expire(idle, meta, log, keys)
   -- Whoever waits in the empty room is sent to come back, by a message of another epoch.
   redis.call('XADD', feed, 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch, 'seq', last, 'at', 0)
 end
