@@ -232,12 +232,7 @@ const SETTINGS = {
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
   password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
   operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
-  origins: [
-    "CHAT_ORIGINS",
-    "",
-    listOf(ORIGIN, "origins, hosts, or *"),
-    "whose pages may connect beside the server's own",
-  ],
+  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect beside its own"],
   proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
   idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "until a room that nobody uses is forgotten; 0: never"],
@@ -298,6 +293,11 @@ function makeLogger(upTo: Config["logLevel"]): Logger {
   };
 }
 
+/** Drops the entry that was added first, when there are more than so many. */
+function dropOldest<Key>(map: Map<Key, unknown>, max: number): void {
+  if (map.size > max) map.delete(map.keys().next().value as Key);
+}
+
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
 /** A token bucket for each sender, or address: `burst` tokens after a silence, `perSecond` on average. Full ones are forgotten. */
@@ -313,9 +313,8 @@ class TokenBuckets<Owner> {
 
   take(owner: Owner): void {
     const tokens = this.#tokens(owner) - 1;
-    const [oldest] = this.#buckets.size < MAX_BUCKETS ? [] : this.#buckets.keys();
-    if (oldest !== undefined) this.#buckets.delete(oldest);
     this.#buckets.set(owner, { tokens, at: performance.now() });
+    dropOldest(this.#buckets, MAX_BUCKETS);
   }
 
   forgetFull(): void {
@@ -446,13 +445,11 @@ class Inbox {
 
   /** Acts on a frame at once while the sender keeps to the rate; else the frame waits its turn in the sender's queue. */
   pace(member: Member, frame: ClientFrame | ErrorFrame, length: number): void {
-    const isNext = member.state === "here" && member.queue.length === 0;
-    if (isNext && this.#takeTokens(member) === 0) return this.#act(member, frame);
     const bytes = length + QUEUE_FRAME_BYTES;
     member.queue.push({ frame, bytes });
     member.queueBytes += bytes;
-    if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
     if (member.state === "here") this.drain(member);
+    if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
   }
 
   /** Takes as many frames from a member's queue as the rates allow, and comes back for the rest. */
@@ -706,11 +703,11 @@ class SqliteBroker implements Broker {
         else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
       }
     } catch (error) {
-      this.rooms.outage(this, `The database cannot be written, posts are refused: ${(error as Error).message}`);
+      this.rooms.outage(this, false, `The database cannot be written, posts are refused: ${(error as Error).message}`);
       for (const { room } of posts) this.rooms.lose(room, "The message could not be stored"); // RULE 3
       return;
     }
-    this.rooms.outageEnds(this, "The database can be written again.");
+    this.rooms.outage(this, true, "The database can be written again.");
     // RULE 1: no await from the commit to here, nor in `deliver`.
     for (const [room, messages] of stored) this.rooms.deliver(room, messages);
     for (const [post, answer] of answers) this.rooms.answer(post, answer);
@@ -1008,9 +1005,9 @@ class RedisBroker implements Broker {
       const end = room.waiting.findIndex(({ text }) => (characters += text.length) > GATHER_CHARACTERS);
       try {
         await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : Math.max(1, end)));
-        this.rooms.outageEnds(this, "Redis can be used again.");
+        this.rooms.outage(this, true, "Redis can be used again.");
       } catch (error) {
-        this.rooms.outage(this, `Redis does not take posts: ${(error as Error).message}`);
+        this.rooms.outage(this, false, `Redis does not take posts: ${(error as Error).message}`);
         room.waiting = []; // their senders send again, from the first post on
         this.rooms.lose(room, "The message could not be stored"); // RULE 3
       }
@@ -1079,9 +1076,8 @@ class RedisBroker implements Broker {
   }
 
   async drain(): Promise<void> {
-    for (const until = performance.now() + DRAIN_MS; this.#storing > 0 && performance.now() < until;) {
-      await Bun.sleep(GATHER_MS);
-    }
+    const until = performance.now() + DRAIN_MS;
+    while (this.#storing > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
     await Bun.sleep(GATHER_MS); // what was stored is heard by now
     this.#gatherer.flush();
   }
@@ -1102,7 +1098,7 @@ class RedisBroker implements Broker {
       try {
         await this.#connect(link);
         this.#link = link;
-        this.rooms.outageEnds(this, "Redis can be used again.");
+        this.rooms.outage(this, true, "Redis can be used again.");
         retry = RETRY_MS;
         tried();
         for (;;) {
@@ -1112,7 +1108,7 @@ class RedisBroker implements Broker {
       } catch (error) {
         const { message } = fault.signal.aborted ? fault.signal.reason : error;
         const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}.`;
-        if (!this.#isStopped) this.rooms.outage(this, `${why} Trying again until it can.`);
+        if (!this.#isStopped) this.rooms.outage(this, false, `${why} Trying again until it can.`);
       }
       this.#link = undefined;
       link.commands.close();
@@ -1263,13 +1259,9 @@ class Rooms {
   }
 
   /** Logs that a store fails, once until it works again. */
-  outage(broker: Broker, line: string): void {
-    if (!this.#outages.has(broker)) this.log("error", line);
-    this.#outages.add(broker);
-  }
-
-  outageEnds(broker: Broker, line: string): void {
-    if (this.#outages.delete(broker)) this.log("error", line);
+  outage(broker: Broker, isOver: boolean, line: string): void {
+    if (isOver ? this.#outages.delete(broker) : !this.#outages.has(broker)) this.log("error", line);
+    if (!isOver) this.#outages.add(broker);
   }
 
   #close(room: Room): void {
@@ -1339,23 +1331,20 @@ class Rooms {
     if (!newest) {
       newest = this.#makeHello(room, Math.max(firstKept(room, this.config), room.last - PAGE_MESSAGES + 1), false);
       newest.catch(() => this.#hellos.delete(room)); // the next who joins reads again
-      const [oldest] = this.#hellos.size < CACHED_HELLOS ? [] : this.#hellos.keys();
-      if (oldest) this.#hellos.delete(oldest);
       this.#hellos.set(room, newest);
+      dropOldest(this.#hellos, CACHED_HELLOS);
     }
     return newest;
   }
 
   async #makeHello(room: Room, from: number, isResume: boolean): Promise<Hello> {
     const { epoch, last } = room;
+    const first = firstKept(room, this.config);
     const messages = await room.broker.read(room, from, last);
     const resumed = isResume && messages.length === last - from + 1; // or what it missed is too long for one frame
     if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
     const limits = { text: MAX_TEXT, name: MAX_NAME };
-    return {
-      last,
-      json: JSON.stringify({ epoch, first: firstKept(room, this.config), last, resumed, messages, limits }),
-    };
+    return { last, json: JSON.stringify({ epoch, first, last, resumed, messages, limits }) };
   }
 
   /** A socket closed. What it sent within its rate is stored; the rest of its queue is dropped. */
@@ -1843,17 +1832,8 @@ function readExport(text: string): Map<string, Line[]> {
 }
 
 /** A line of an export, with the fields of one and no others. @throws what is wrong with it */
-function checkedLine({
-  room = "",
-  seq = 0,
-  at = NaN,
-  name = "",
-  from,
-  text = "",
-  removes,
-  removed,
-  key,
-}: Partial<Line>): Line {
+function checkedLine(line: Partial<Line>): Line {
+  const { room = "", seq = 0, at = NaN, name = "", from, text = "", removes, removed, key } = line;
   const isText = (value: unknown, form: RegExp) =>
     value === undefined || (typeof value === "string" && form.test(value));
   const valid = {
