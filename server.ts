@@ -34,35 +34,35 @@ import { version } from "./package.json";
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 const MAX_TEXT = 16 * 1024; // bytes of UTF-8 in the text of one message
-const MAX_FRAME = 64 * 1024; // bytes of a WebSocket frame from a client; a longer one closes the connection with 1009
+const MAX_FRAME = 64 * 1024; // bytes of a client's frame; a longer one closes with 1009
 const MAX_NAME = 32; // characters (Unicode code points) of a person's name
 const MAX_ROOM = 64; // characters of a room's name
-const MAX_STRIKES = 10; // frames outside the protocol, before a connection is closed with 1008
-const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a client that starts afresh
-const RESUME_MESSAGES = 1000; // that a client may have missed and still resume
-const PAGE_BYTES = 256 * 1024; // of text in one page or hello, as JSON escapes it: half of BACKPRESSURE_BYTES
-const CACHED_HELLOS = 64; // kept ready in the whole server, the newest: at most some 20 MB
-const BEHIND_MS = 100; // for this server to hear of what a client has already seen on another one
-const PRESENCE_PEOPLE = 100; // listed in one presence frame; the count is always exact
+const MAX_STRIKES = 10; // frames outside the protocol, until it closes with 1008
+const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a fresh start
+const RESUME_MESSAGES = 1000; // that a client may miss and still resume
+const PAGE_BYTES = 256 * 1024; // of text in a page or hello, as JSON: half of BACKPRESSURE_BYTES
+const CACHED_HELLOS = 64; // kept ready in the whole server: at most some 20 MB
+const BEHIND_MS = 100; // for this server to hear what a client has seen on another
+const PRESENCE_PEOPLE = 100; // listed in a presence frame; the count is exact
 const PRESENCE_MS = 1000; // between two presence frames of a room
-const TYPING_MS = 2000; // between two typing frames of one sender that are passed on
-const BURST_SECONDS = 10; // worth of frames that a sender may send at once after a silence
+const TYPING_MS = 2000; // between two typing frames of a sender that are passed on
+const BURST_SECONDS = 10; // worth of frames that a silent sender may send at once
 const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
-const FREE_TRIES = 5; // wrong passwords that an address may give at once; after that, one a minute
-const MAX_BUCKETS = 10_000; // token buckets that are remembered of each kind, the newest
-const QUEUE_BYTES = 1024 * 1024; // that wait in one sender's queue before its socket is read no further
-const QUEUE_FRAME_BYTES = 64; // that a queued frame takes beside its text, so that many tiny ones are bounded too
-const BACKPRESSURE_BYTES = 512 * 1024; // for a reader that does not read: with the frame that passes it, at most 1 MiB
-const GATHER_MS = 6; // of gathering posts under load: nobody sees it, and it saves a system call for every socket
+const FREE_TRIES = 5; // wrong passwords of an address at once; then one a minute
+const MAX_BUCKETS = 10_000; // token buckets of each kind, the newest
+const QUEUE_BYTES = 1024 * 1024; // in a sender's queue, until its socket is read no further
+const QUEUE_FRAME_BYTES = 64; // of a queued frame beside its text: tiny ones count too
+const BACKPRESSURE_BYTES = 512 * 1024; // for a slow reader: with the frame that passes it, 1 MiB
+const GATHER_MS = 6; // of gathering under load: it saves a system call for every socket
 const GATHER_POSTS = 32; // that end the gathering at once
-const GATHER_CHARACTERS = 64 * 1024; // (UTF-16 units) of text that end it at once
-const STEP_MESSAGES = 1000; // trimmed, forgotten or exported at once: few, so that posts get in between
-const MAX_BODY = 4096; // bytes of a request's body: a password and no more
+const GATHER_CHARACTERS = 64 * 1024; // (UTF-16 units) that end it at once
+const STEP_MESSAGES = 1000; // trimmed or exported at once: few, so that posts get in between
+const MAX_BODY = 4096; // bytes of a request's body: a password
 const DAY_SECONDS = 24 * 60 * 60;
-const SESSION_SECONDS = 30 * DAY_SECONDS; // for which the cookie of a password is good
-const IDENTITY_SECONDS = 365 * DAY_SECONDS; // for which a browser keeps the cookie that makes its ids
-const DRAIN_MS = 800; // that `stop` waits for the store; with CLOSE_MS it takes less than 3 s
-const CLOSE_MS = 2000; // that `stop` waits for clients to answer the Close frame
+const SESSION_SECONDS = 30 * DAY_SECONDS; // of the cookie that a password gives
+const IDENTITY_SECONDS = 365 * DAY_SECONDS; // of the cookie that makes a browser's ids
+const DRAIN_MS = 800; // that `stop` waits for the store, and less than 3 s with the next
+const CLOSE_MS = 2000; // that it waits for clients to answer the Close frame
 
 // ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -70,12 +70,12 @@ const CLOSE_MS = 2000; // that `stop` waits for clients to answer the Close fram
 export interface Message {
   seq: number; // its place in the room's log: 1, 2, 3 … without a gap
   at: number; // when the server received it: milliseconds since 1970
-  name: string; // who sent it, as they called themselves; nothing proves it
-  from?: string; // the sender's id in this room; absent when the sender brought no cookie
+  name: string; // the sender's name; nothing proves it
+  from?: string; // the sender's id in this room; absent without its cookie
   text: string;
-  removes?: number; // the seq of the message that this entry takes back; the entry itself has no text
-  removed?: true; // this message was taken back: its text is gone
-  key?: string; // the key that its sender gave it; absent on messages of plain sockets
+  removes?: number; // the seq that this entry takes back; the entry has no text
+  removed?: true; // it was taken back: its text is gone
+  key?: string; // the sender's; absent from plain sockets
 }
 
 /** Somebody who is in a room. */
@@ -88,10 +88,10 @@ export type ServerFrame =
       type: "hello"; // always the first frame
       you?: string; // the client's own id, if it has one
       role?: Role; // only where the server has an operator
-      epoch: string; // names this log: the seqs of another epoch mean nothing in it
+      epoch: string; // names this log; seqs of another mean nothing in it
       first: number; // the oldest seq kept, and the newest; an empty log has 1 and 0
       last: number;
-      resumed: boolean; // `messages` is exactly what came after the client's `after`; else start afresh from them
+      resumed: boolean; // `messages` is exactly what was missed; else start afresh from them
       messages: Message[];
       limits: { text: number; name: number };
     }
@@ -105,7 +105,7 @@ export type ServerFrame =
 
 type ErrorFrame = { type: "error"; code: ErrorCode; text: string; key?: string };
 
-/** What a `chat.v1` client sends: the fields of each type of frame, shown by values of their types. */
+/** What a `chat.v1` client sends: the fields of each type of frame, by values of their types. */
 const CLIENT_FRAMES = {
   post: { key: "", text: "" }, // a plain socket's frame becomes one with the key ""
   remove: { key: "", seq: 0 },
@@ -136,7 +136,7 @@ const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
 const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
 
-/** Parses a `chat.v1` frame and checks its shape; what the values mean is checked where they are used. */
+/** Parses a `chat.v1` frame and checks its shape; the values are checked where they are used. */
 function parseFrame(data: string): ClientFrame | ErrorFrame {
   let frame: Record<string, unknown>;
   try {
@@ -152,7 +152,7 @@ function parseFrame(data: string): ClientFrame | ErrorFrame {
   const names = Object.keys(sample);
   const fits = names.every((name) => typeof frame[name] === typeof sample[name]);
   if (fits && Object.keys(frame).length === names.length + 1) return frame as ClientFrame;
-  // Lists the fields that it should have, not those that it has, which may be long.
+  // Lists the known fields, not the unknown, which may be long.
   const list = names.map((name) => `, ${name} (a ${typeof sample[name]})`);
   return badFrame(`"${type}" has the fields type${list.join("")}, and no others.`);
 }
@@ -165,12 +165,12 @@ const badFrame = (text: string) => errorFrame("bad-frame", "", text);
 const isSeq = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 1;
 /** A frame as JSON; fields that are undefined are left out. */
 const encode = (frame: ServerFrame) => JSON.stringify(frame);
-/** Whether a text is longer than {@link MAX_TEXT} (a UTF-16 unit takes one to three bytes of UTF-8). */
+/** A UTF-16 unit takes one to three bytes of UTF-8. */
 const isTooLong = (text: string) => text.length * 3 > MAX_TEXT && Buffer.byteLength(text) > MAX_TEXT;
 /** A name as it is shown, or undefined when it cannot be given. */
 const cleanName = (name: string) => cleanLine(name.toWellFormed().trim(), MAX_NAME) || undefined;
 
-/** A text in one line, NFC-normalised; undefined when it is longer than so many code points or has control characters. */
+/** A text, NFC-normalised; undefined when it has too many code points, or control characters. */
 function cleanLine(text: string, max: number): string | undefined {
   const clean = text.normalize("NFC");
   return [...clean].length > max || CONTROL.test(clean) ? undefined : clean;
@@ -200,7 +200,7 @@ const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
 const REDIS = /^(redis|valkey)s?:\/\/./;
 const ORIGIN = /^(\*|(https?:\/\/)?[^/?#*@\s]+)$/;
 
-/** A check of a setting: throws what is allowed where `read` finds nothing. */
+/** Throws what is allowed where `read` finds nothing. */
 function check<T>(allowed: string, read: (value: string) => T | undefined): (value: string) => T {
   return (value) => {
     const found = read(value);
@@ -222,7 +222,7 @@ const listOf = (form: RegExp, what: string) =>
     return entries.every((entry) => form.test(entry)) ? entries : undefined;
   });
 
-/** Each setting's variable, its default, its check (which throws what is allowed) and what it is for, as `--help` says. */
+/** Of each setting the variable, the default, the check, and the line of `--help`. */
 const SETTINGS = {
   port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: a free one"],
   host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
@@ -243,13 +243,13 @@ const SETTINGS = {
   logLevel: ["LOG_LEVEL", "info", word(...LOG_LEVELS), `${LOG_LEVELS.join(", ")} (each message too)`],
 } as const;
 
-/** What a chat is started with, frozen: the settings, and two times that only tests shorten. */
+/** What a chat is started with: the settings, and two times that only tests shorten. */
 export type Config = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typeof SETTINGS)[Name][2]> } & {
   readonly silenceSeconds: number; // until a connection is ended; under 60, so that proxies see traffic
   readonly expireMs: number; // from the start to the first look for idle rooms, and between two
 };
 
-/** A mistake of the operator, told in one line: a bad value, a port in use, a database that cannot be opened. */
+/** A mistake of the operator, told in one line, such as a bad value or a port in use. */
 export class StartError extends Error {}
 
 /**
@@ -276,7 +276,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   return Object.freeze(config);
 }
 
-/** One URL, or several, without what stands before the last @ of each: a password may have an @. */
+/** URLs without what stands before the last @ of each: a password may have an @. */
 const withoutPassword = (urls: string) => urls.replace(/\/\/[^,]*@/g, "//…@");
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
@@ -285,7 +285,7 @@ type Logger = (level: "error" | "info" | "debug", line: string) => void;
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
-    // Names and texts may hold characters that reverse a line, or that a terminal obeys.
+    // Names and texts may hold characters that a terminal obeys.
     const escape = (character: string) => `\\u{${character.codePointAt(0)?.toString(16)}}`;
     const seen = line.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escape);
     if (level === "error") console.error(seen);
@@ -300,7 +300,7 @@ function dropOldest<Key>(map: Map<Key, unknown>, max: number): void {
 
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
-/** A token bucket for each sender, or address: `burst` tokens after a silence, `perSecond` on average. Full ones are forgotten. */
+/** A token bucket for each owner: `burst` at once after a silence, `perSecond` on average. */
 class TokenBuckets<Owner> {
   readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
 
@@ -330,6 +330,7 @@ class TokenBuckets<Owner> {
 
 // ─── Rooms and their members: what is known of them ──────────────────────────────────────────────────────────────────
 
+type Server = Bun.Server<Member>;
 type Socket = Bun.ServerWebSocket<Member>;
 
 /** What the handshake learns of a client. */
@@ -379,8 +380,6 @@ class Room {
   state: "opening" | "open" | "closed" = "opening"; // closed: the last member has left, or the room is lost
   opened!: Promise<void>; // settles when its log is open
   readonly members = new Set<Member>();
-  readonly chatTopic: string;
-  readonly plainTopic: string;
   // What the brokers set:
   epoch = ""; // names its log
   first = 1; // the oldest seq in the store
@@ -401,10 +400,9 @@ class Room {
   constructor(
     readonly name: string,
     readonly broker: Broker, // the one that keeps its log
-  ) {
-    this.chatTopic = `chat.v1/${name}`;
-    this.plainTopic = `plain/${name}`;
-  }
+    readonly chatTopic = `chat.v1/${name}`,
+    readonly plainTopic = `plain/${name}`,
+  ) {}
 
   /** As the server's own log names it. */
   toString(): string {
@@ -443,7 +441,7 @@ class Inbox {
     this.pace(member, frame, data.length);
   }
 
-  /** Acts on a frame at once while the sender keeps to the rate; else the frame waits its turn in the sender's queue. */
+  /** A frame waits its turn in the sender's queue: none while the sender keeps to the rate. */
   pace(member: Member, frame: ClientFrame | ErrorFrame, length: number): void {
     const bytes = length + QUEUE_FRAME_BYTES;
     member.queue.push({ frame, bytes });
@@ -452,7 +450,7 @@ class Inbox {
     if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
   }
 
-  /** Takes as many frames from a member's queue as the rates allow, and comes back for the rest. */
+  /** Acts on as many frames as the rates allow, and comes back for the rest. */
   drain(member: Member): void {
     if (member.draining) return;
     let wait = 0;
@@ -472,7 +470,7 @@ class Inbox {
     member.draining = setTimeout(again, Math.max(wait, 1000 / this.rooms.config.rate));
   }
 
-  /** Takes a token of the sender and one of its address, and returns 0; or the milliseconds until there are both. */
+  /** Takes a token of the sender and of its address; or returns the milliseconds until there are both. */
   #takeTokens(member: Member): number {
     if (this.rooms.config.rate === 0) return 0;
     const { network } = member.visitor;
@@ -483,7 +481,7 @@ class Inbox {
     return 0;
   }
 
-  /** Does what a frame asks, or tells its sender what is wrong with it. Who keeps sending something else is cut. */
+  /** Does what a frame asks, or tells its sender what is wrong with it. */
   #act(member: Member, frame: ClientFrame | ErrorFrame): void {
     if (this.isStopping || member.state === "refused") return;
     const error = frame.type === "error" ? frame : this.#refusal(member, frame);
@@ -496,8 +494,8 @@ class Inbox {
   /** Does what a frame asks, unless it returns what is wrong with it. */
   #refusal(member: Member, frame: ClientFrame): ErrorFrame | undefined {
     const { type } = frame;
-    if (type === "post") return this.#post(member, frame.text, frame.key);
-    if (type === "remove") return this.#remove(member, frame.seq, frame.key);
+    if (type === "post") return this.#post(member, frame.key, frame.text);
+    if (type === "remove") return this.#post(member, frame.key, "", frame.seq);
     if (type === "page") return this.#page(member, frame.before);
     if (type === "name") return this.#rename(member, frame.name);
     if (type === "typing") this.#typing(member);
@@ -505,25 +503,17 @@ class Inbox {
     return undefined;
   }
 
-  #post(member: Member, text: string, key: string): ErrorFrame | undefined {
-    const { isChat } = member.visitor;
-    if (isTooLong(text) && !isChat) return void member.ws.close(CLOSE.tooBig, ERRORS["too-long"]);
+  /** Hands a post to the broker, or the removal of a message. */
+  #post({ room, ws, name, visitor }: Member, key: string, text: string, removes?: number): ErrorFrame | undefined {
+    const { isChat, from } = visitor;
+    if (isTooLong(text) && !isChat) return void ws.close(CLOSE.tooBig, ERRORS["too-long"]);
     if (isTooLong(text)) return errorFrame("too-long", key);
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
-    if (isChat && text === "") return errorFrame("empty", key);
-    // A lone surrogate has no UTF-8: it is replaced here, so that what is seen now and what is read later are the same.
-    return this.#append(member, { text: text.toWellFormed(), key: key || undefined });
-  }
-
-  #remove(member: Member, removes: number, key: string): ErrorFrame | undefined {
-    if (!KEY.test(key)) return errorFrame("bad-key");
-    if (!isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
-    return this.#append(member, { text: "", removes, key });
-  }
-
-  #append(sender: Member, post: Pick<Message, "text" | "removes" | "key">): undefined {
-    const { room, name, visitor } = sender;
-    room.broker.append({ room, sender, at: Date.now(), name, from: visitor.from, ...post });
+    if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
+    if (removes !== undefined && !isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
+    // A lone surrogate has no UTF-8: replaced here, it looks the same now and when it is read later.
+    const post = { at: Date.now(), name, from, text: text.toWellFormed(), removes, key: key || undefined };
+    room.broker.append({ room, sender: ws.data, ...post });
   }
 
   #page({ room, ws }: Member, before: number): ErrorFrame | undefined {
@@ -563,13 +553,13 @@ interface Post extends Omit<Message, "seq" | "removed"> {
   readonly sender: Member;
 }
 
-/** What becomes of a post that is no new message: the seq of the message that it already is; or why it is refused. */
+/** The seq of the message that a post already is, or why it is refused. */
 type Answer = number | "gone" | "not-yours";
 
-/** What a server says to the others on a room's channel: who is there, who types, or nothing: to ask who is there. */
+/** What a server tells the others of a room: who is there, who types; or nothing, to ask who is there. */
 type Notice = { readonly here?: Here; readonly typing?: string };
 
-/** Keeps the logs of rooms. When it cannot tell what became of a post, or what comes next in a log, it loses the room. */
+/** Keeps the logs of rooms. In doubt about a post, or about what comes next, it loses the room. */
 interface Broker {
   /** Begins; resolves when posts can be taken, or when it is clear that they cannot for now. */
   start(): Promise<void>;
@@ -577,7 +567,7 @@ interface Broker {
   open(room: Room): Promise<void>;
   /** Ends what `open` began. */
   close?(room: Room): void;
-  /** Takes a post to store; then it is delivered to its room, or its sender is answered, or the room is lost. */
+  /** Stores a post, then delivers it, or answers its sender, or loses the room. */
   append(post: Post): void;
   /** Messages with `from <= seq <= to`, ascending: the newest {@link PAGE_BYTES} of them. */
   read(room: Room, from: number, to: number): Promise<Message[]>;
@@ -589,7 +579,7 @@ interface Broker {
   stop(): void;
 }
 
-/** Gathers what is to be handled together: after {@link GATHER_MS} of quiet an item alone, else all that come in that time. */
+/** Gathers items under load: after {@link GATHER_MS} of quiet one is handled alone, else all of that time together. */
 class Gatherer<Item> {
   #items: Item[] = [];
   #characters = 0;
@@ -598,7 +588,6 @@ class Gatherer<Item> {
 
   constructor(readonly handle: (items: Item[]) => void) {}
 
-  /** @param characters UTF-16 units of text in the item */
   add(item: Item, characters: number): void {
     this.#items.push(item);
     this.#characters += characters;
@@ -620,7 +609,7 @@ class Gatherer<Item> {
   }
 }
 
-/** Of messages that come newest first, as many as fit in {@link PAGE_BYTES}, but one at least: ascending. */
+/** Of messages, newest first, as many as fit in {@link PAGE_BYTES}, but one at least: ascending. */
 function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
   let bytes = 0;
@@ -638,6 +627,10 @@ const INSERT_ROOM = "INSERT INTO rooms (name, epoch) VALUES (?, ?)";
 const INSERT_MESSAGE = `INSERT INTO messages (room, seq, at, name, sender, text, removes, removed, key)
   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`;
 const COLUMNS = 'seq, at, messages.name, sender AS "from", text, removes, removed, key';
+const FIND_ROOM = `SELECT id, epoch, ifnull((SELECT min(seq) FROM messages WHERE room = id), 1),
+  ifnull((SELECT max(seq) FROM messages WHERE room = id), 0) FROM rooms WHERE name = ?`;
+const NEXT_IDLE = `SELECT id, name FROM rooms
+  WHERE id > ? AND (SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1) < ? ORDER BY id LIMIT 1`;
 type Row = { [Column in keyof Message]-?: Message[Column] | null };
 
 function messageOf(row: Row): Message {
@@ -646,7 +639,7 @@ function messageOf(row: Row): Message {
   return { ...kept, removed: removed ? true : undefined, key: key ?? undefined };
 }
 
-/** Keeps the logs in one SQLite file. Posts that wait together are committed in one transaction, then delivered. */
+/** Keeps the logs in one SQLite file. What waits together is committed in one transaction, then delivered. */
 class SqliteBroker implements Broker {
   readonly #db: Database;
   readonly #close: () => void;
@@ -668,19 +661,14 @@ class SqliteBroker implements Broker {
   }
 
   async start(): Promise<void> {
-    // Not at once: a backup that is restored after a long time must not be emptied before anyone has looked at it.
+    // Not at once: a backup that is restored late must not be emptied before anyone has looked at it.
     const { idleDays, expireMs } = this.rooms.config;
     if (idleDays > 0) this.#expiring = setInterval(() => void this.#forgetIdle(), expireMs);
   }
 
   async open(room: Room): Promise<void> {
     this.#gatherer.flush(); // posts of clients who have just left this room: they belong to what is read now
-    const [found] = this.#db
-      .query(
-        `SELECT id, epoch, ifnull((SELECT min(seq) FROM messages WHERE room = id), 1),
-                           ifnull((SELECT max(seq) FROM messages WHERE room = id), 0) FROM rooms WHERE name = ?`,
-      )
-      .values(room.name) as [number, string, number, number][];
+    const [found] = this.#db.query(FIND_ROOM).values(room.name) as [number, string, number, number][];
     [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0]; // a visit alone leaves no trace
     room.state = "open";
   }
@@ -694,7 +682,7 @@ class SqliteBroker implements Broker {
     const stored = new Map<Room, Message[]>();
     const answers: [Post, Answer][] = [];
     try {
-      // One post to a room that is there is one statement, which SQLite commits by itself, for less.
+      // A single statement is its own transaction, for less.
       const isStatement = posts.length === 1 && posts.every(({ room, removes }) => room.row > 0 && !removes);
       const outcomes = isStatement ? posts.map((post) => this.#store(post)) : this.#storeAll(posts);
       for (const [i, post] of posts.entries()) {
@@ -714,7 +702,7 @@ class SqliteBroker implements Broker {
     for (const room of stored.keys()) this.#trimSoon(room);
   }
 
-  /** Writes a post as the next message of its room. What it changes in the room is right, or the commit fails and loses it. */
+  /** Writes a post as the next message of its room. If the commit fails, what it changes in the room is lost with it. */
   #store({ room, sender, ...post }: Post): Message | Answer {
     const { at, name, from, text, removes, key } = post;
     const known = key && (room.keys ??= this.#loadKeys(room)).get(key);
@@ -755,10 +743,11 @@ class SqliteBroker implements Broker {
   stop(): void {
     clearTimeout(this.#trimming);
     clearInterval(this.#expiring);
+    this.#expiring = undefined;
     this.#close();
   }
 
-  /** Deletes a step of a room's oldest messages when it has so many too many. */
+  /** Deletes a room's oldest messages, a step at a time. */
   #trimSoon(room: Room): void {
     if (room.last - room.first + 1 < this.rooms.config.history + STEP_MESSAGES) return;
     this.#trimming ??= setTimeout(() => {
@@ -776,12 +765,9 @@ class SqliteBroker implements Broker {
     }, GATHER_MS);
   }
 
-  /** Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, one at a time. */
+  /** Forgets, one at a time, the rooms that nobody is in and nobody has posted to for some days. */
   async #forgetIdle(): Promise<void> {
-    const newest = "SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1";
-    const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(
-      `SELECT id, name FROM rooms WHERE id > ? AND (${newest}) < ? ORDER BY id LIMIT 1`,
-    );
+    const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(NEXT_IDLE);
     const since = Date.now() - this.rooms.config.idleDays * DAY_SECONDS * 1000;
     try {
       for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
@@ -793,15 +779,12 @@ class SqliteBroker implements Broker {
         this.rooms.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
       }
     } catch (error) {
-      this.rooms.log("error", `Idle rooms cannot be forgotten now: ${(error as Error).message}`);
+      if (this.#expiring) this.rooms.log("error", `Idle rooms cannot be forgotten: ${(error as Error).message}`);
     }
   }
 }
 
-/**
- * Opens the database and keeps every other server off it, by a lock that the system frees when the process dies.
- * @throws StartError when it cannot be opened and written
- */
+/** Opens the database, with a lock against other servers, which the system frees when the process dies. @throws StartError */
 function openLocked({ db: path, sync }: Config): { db: Database; close: () => void } {
   let lock: Database | undefined;
   try {
@@ -838,7 +821,7 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   db.run(`CREATE TABLE IF NOT EXISTS messages (
     room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
     PRIMARY KEY (room, seq)) WITHOUT ROWID`);
-  // These are the tables of version 1. A new file and one of that version are taken over alike.
+  // These are the tables of version 1: a new file and one of that version are taken over alike.
   const { user_version: version } = db.query("PRAGMA user_version").get() as { user_version: number };
   db.transaction(() => {
     const added = version < 2 ? ["sender TEXT", "removes INTEGER", "removed INTEGER"] : [];
@@ -879,10 +862,10 @@ local function expire(...) for _, name in ipairs(KEYS) do redis.call('EXPIRE', n
 `;
 
 /**
- * Stores posts and publishes them in one step, so that they are heard in the order of the log. ARGV: the epoch that the
- * server knows, history, seconds until an idle room expires; then of each post its key, the seq that it removes,
- * whose messages its sender may remove ("*": all), and its JSON after `{"seq":…,`. Returns nil when the log is
- * another one; else of each post the seq that it got, minus the seq that it already had, or why it was refused.
+ * Stores posts and publishes them in one step, so that they are heard in the order of the log. ARGV: epoch, history,
+ * seconds until an idle room expires; then of each post its key, the seq that it removes, whose messages its sender may
+ * remove ("*": all), and its JSON after `{"seq":…,`. Returns nil if the log is another one; else of each post the seq
+ * that it got, minus the seq that it had, or why it is refused.
  */
 const STORE_SCRIPT = `${SCRIPT_HEAD}
 if epoch ~= ARGV[1] then return false end
@@ -924,7 +907,7 @@ expire(ARGV[3])
 redis.call('PUBLISH', room, '{"epoch":"' .. epoch .. '","messages":[' .. table.concat(stored, ',') .. ']}')
 return answers`;
 
-/** ARGV: an epoch for a new room. Makes the room, or keeps it for a while. Returns its epoch, its last seq and its length. */
+/** ARGV: an epoch for a new room. Makes or keeps the room. Returns its epoch, last seq and length. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
 if not epoch then
   epoch, last = ARGV[1], 0
@@ -935,19 +918,19 @@ end
 expire(${OPEN_SECONDS}, 'GT')
 return {epoch, last, redis.call('LLEN', log)}`;
 
-/** ARGV: epoch ("": any), from, to. Returns the messages from one seq to the other, or nil when the log is another one. */
+/** ARGV: epoch ("": any), from, to. Returns the messages, or nil if the log is another one. */
 const READ_SCRIPT = `${SCRIPT_HEAD}
 if ARGV[1] ~= '' and epoch ~= ARGV[1] then return false end
 return redis.call('LRANGE', log, math.max(ARGV[2] - last - 1, -redis.call('LLEN', log)), ARGV[3] - last - 1)`;
 
-/** That messages were stored together in a room; the epoch is that of the log, without the run. */
+/** Messages that were stored together; the epoch is the log's, without the run. */
 type Heard = { readonly room: Room; readonly epoch: string; readonly messages: Message[] };
 
-/** The two connections to a Redis: they are used together, and replaced together when either fails. */
+/** The two connections to a Redis: when either fails, both are replaced. */
 interface Link {
   readonly commands: Bun.RedisClient;
   readonly subscriber: Bun.RedisClient;
-  run: string; // names the process of Redis and its data set; part of every epoch, so that none that lost something passes
+  run: string; // names the process and its data set; part of every epoch, so that no log that lost something passes
 }
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
@@ -968,17 +951,14 @@ class RedisBroker implements Broker {
   ) {}
 
   start(): Promise<void> {
-    const { promise, resolve } = Promise.withResolvers<void>();
-    void this.#keepLink(resolve);
-    return promise;
+    return new Promise((tried) => void this.#keepLink(tried));
   }
 
   async open(room: Room): Promise<void> {
-    const { subscriber, run } = this.#linkOrThrow();
-    await subscriber.subscribe(this.#keys(room)[0], (text) => this.#hear(room, text));
+    await this.#link?.subscriber.subscribe(this.#keys(room)[0], (text) => this.#hear(room, text));
     const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
-    if (room.state === "closed") return;
-    room.epoch = epoch + run;
+    if (room.state === "closed" || !this.#link) return;
+    room.epoch = epoch + this.#link.run;
     room.first = last - length + 1;
     room.last = last;
     room.state = "open";
@@ -1016,7 +996,7 @@ class RedisBroker implements Broker {
     this.#storing--;
   }
 
-  /** Stores posts in one round trip. They are delivered when they are heard of; those that were not stored are answered. */
+  /** Stores posts in one round trip. What is stored is delivered when it is heard of; the rest is answered here. */
   async #store(room: Room, posts: Post[]): Promise<void> {
     const { config } = this.rooms;
     const args = [logEpoch(room), `${config.history}`, idleSeconds(config)];
@@ -1136,7 +1116,7 @@ class RedisBroker implements Broker {
     return sha256(`${/run_id:(\w+)/.exec(info)?.[1]} ${data}`, "hex").slice(0, 12);
   }
 
-  /** Says that this server lives, and finds out who else does, and whether Redis is still the same. */
+  /** Says that this server lives; finds out who else does, and whether Redis is the same. */
   async #beat(link: Link): Promise<void> {
     await link.commands.publish(`${this.rooms.config.prefix}servers`, this.#server);
     if ((await this.#readRun(link)) !== link.run) throw new Error("it has lost something, or is another one");
@@ -1159,21 +1139,17 @@ class RedisBroker implements Broker {
     return roomKeys(this.rooms.config, room.name);
   }
 
-  /** Sent whole: by its hash, it would have to be sent again to a Redis that has forgotten it. */
+  /** Sent whole: Redis may have forgotten its hash. */
   async #run(script: string, room: Room, args: string[]): Promise<unknown> {
-    return this.#linkOrThrow().commands.send("EVAL", [script, "3", ...this.#keys(room), ...args]);
-  }
-
-  #linkOrThrow(): Link {
     if (!this.#link) throw new Error("Redis is away");
-    return this.#link;
+    return this.#link.commands.send("EVAL", [script, "3", ...this.#keys(room), ...args]);
   }
 }
 
 /** The part of a room's epoch that its log in Redis has. */
 const logEpoch = ({ epoch }: Room) => epoch.slice(0, LOG_DIGITS);
 
-/** The keys of a room, in the order that {@link SCRIPT_HEAD} takes them in. The first also names its channel. */
+/** A room's keys, as {@link SCRIPT_HEAD} takes them. The first also names its channel. */
 function roomKeys({ prefix }: Config, room: string): [state: string, messages: string, keys: string] {
   return [`${prefix}state:${room}`, `${prefix}messages:${room}`, `${prefix}keys:${room}`];
 }
@@ -1181,14 +1157,14 @@ function roomKeys({ prefix }: Config, room: string): [state: string, messages: s
 /** Seconds until an idle room expires; never is 100 years. */
 const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
 
-/** A connection that is never made again by itself: it is replaced. */
+/** A connection that is replaced, never made again in place. */
 function connectRedis(url: string, idleTimeout = SILENT_MS): Bun.RedisClient {
   return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
 }
 
 /**
- * Which of several Redis keeps a room: the one whose hash with the room's name is the highest (rendezvous hashing). So the
- * order of the list does not matter, and one more Redis takes only its share of the rooms.
+ * The place in the list of the Redis that keeps a room: the highest hash of room and address wins (rendezvous hashing).
+ * So the order of the list does not matter, and one more Redis takes only its share of the rooms.
  */
 function homeOf(room: string, urls: readonly string[]): number {
   const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
@@ -1197,25 +1173,24 @@ function homeOf(room: string, urls: readonly string[]): number {
 
 // ─── Out: deliver; who comes and goes ────────────────────────────────────────────────────────────────────────────────
 
-/** A hello as JSON, without what is said to one client alone; and the last seq that it covers. */
+/** A hello without what is said to one client alone; and the last seq that it covers. */
 type Hello = { readonly last: number; readonly json: string };
 
-/** All open rooms of this server: gives what is stored to everyone, lets members in and out, and loses rooms. */
+/** The open rooms: gives what is stored to everyone, lets members in and out, loses rooms. */
 class Rooms {
-  server!: Bun.Server<Member>; // this and the next two are made by `startChat`
+  server!: Server; // this and the next two are made by `startChat`
   inbox!: Inbox;
   brokerOf!: (room: string) => Broker;
   readonly open = new Map<string, Room>(); // the rooms that somebody is in, by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
   readonly #outages = new Set<Broker>(); // stores that fail
-  #toldAt = -Infinity; // when an unreadable log was last told, on the monotonic clock
 
   constructor(
     readonly config: Config,
     readonly log: Logger,
   ) {}
 
-  /** Sends stored messages to everyone in their room. They come in the order of seq, without a gap. */
+  /** Sends stored messages, which come in order and without a gap, to everyone in the room. */
   deliver(room: Room, messages: Message[]): void {
     // RULE 1: no await since SQLite has committed them, or Redis has notified of them.
     this.#hellos.delete(room);
@@ -1232,7 +1207,7 @@ class Rooms {
     this.server.publish(room.chatTopic, encode(frame), false);
   }
 
-  /** Tells a sender what became of a post that is no new message: it is in the log already, or is refused. */
+  /** Tells a sender that a post is in the log already, or is refused. */
   answer({ sender: { ws }, key = "" }: Post, answer: Answer): void {
     const isStored = typeof answer === "number";
     ws.send(encode(isStored ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
@@ -1252,9 +1227,8 @@ class Rooms {
   /** A log cannot be read. */
   unreadable(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
-    const isTold = performance.now() - this.#toldAt < 60_000; // a line a minute, as clients try again
-    if (!isTold) this.log("error", `The log of ${room} cannot be read: ${message}`);
-    if (!isTold) this.#toldAt = performance.now();
+    const isKnown = this.#outages.has(room.broker);
+    this.log(isKnown ? "debug" : "error", `The log of ${room} cannot be read: ${message}`);
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
@@ -1301,7 +1275,13 @@ class Rooms {
     room.pendingJoins.delete(missed);
     // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
     if (member.state === "joining") {
-      if (hello) this.#greet(member, hello, missed);
+      if (hello) {
+        const role = this.config.operator === "" ? undefined : visitor.role;
+        const own = JSON.stringify({ type: "hello", you: visitor.from, role });
+        ws.send(`${own.slice(0, -1)},${hello.json.slice(1)}`);
+        const messages = missed.filter(({ seq }) => seq > hello.last);
+        if (messages.length > 0) ws.send(encode({ type: "messages", messages }));
+      }
       ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
       member.state = "here";
       room.presence = ""; // the new member has not seen it, even if it stays the same
@@ -1312,15 +1292,7 @@ class Rooms {
     if (member.state === "gone") this.#release(member);
   }
 
-  #greet({ ws, visitor }: Member, { last, json }: Hello, missed: Message[]): void {
-    const role = this.config.operator === "" ? undefined : visitor.role;
-    const own = JSON.stringify({ type: "hello", you: visitor.from, role });
-    ws.send(`${own.slice(0, -1)},${json.slice(1)}`);
-    const messages = missed.filter(({ seq }) => seq > last);
-    if (messages.length > 0) ws.send(encode({ type: "messages", messages }));
-  }
-
-  /** The hello for a client that comes back, as far as it can resume; else the newest one. */
+  /** The hello with what a client missed, if it can resume; else the newest one. */
   async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
     const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
     const count = room.last - from + 1;
@@ -1394,7 +1366,7 @@ class Rooms {
 
   // ── Dead peers, and the end ──
 
-  /** Pings the connections that are silent, and ends those that stay so: Bun's idle timer is put off by what is sent. */
+  /** Pings silent connections, ends those that stay so. (Bun's own timer is put off by what is sent.) */
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
     for (const { ws, heardAt } of this.#members()) {
@@ -1430,7 +1402,7 @@ function whoIsHere({ members }: Room): Here {
 
 // ─── Access: origin, address, id, password ───────────────────────────────────────────────────────────────────────────
 
-/** Whether a request comes from the server's own page, from an allowed one, or from no page at all. RFC 6455 section 10.2. */
+/** Whether a request comes from the server's own page, an allowed one, or none. RFC 6455 section 10.2. */
 function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
   const origin = headers.get("origin");
   if (origin === null || allowed.includes("*")) return true;
@@ -1442,17 +1414,17 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
 }
 
 /** The address that a request comes from, seen past as many proxies as are trusted. */
-function addressOf(request: Request, server: Bun.Server<Member>, proxies: number): string {
+function addressOf(request: Request, server: Server, proxies: number): string {
   const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 that came to an IPv6 socket
   if (proxies === 0) return socket;
-  // Each proxy appends the address that it was reached from. Counted from the right, what a client made up is not reached.
+  // Each proxy appends the address that it saw: counted from the right, what a client made up is not reached.
   const forwarded = splitList(request.headers.get("x-forwarded-for") ?? "");
   const address = forwarded[Math.max(0, forwarded.length - proxies)] ?? "";
   // Some proxies add the port too: another for each connection.
   return /^(?:\[(.+)\]|([\d.]+))(?::\d+)?$/.exec(address)?.slice(1).find(Boolean) ?? (address || socket);
 }
 
-/** The network that an address stands for: of IPv6 the first 64 bits, which one subscriber has for itself; `""`: this machine. */
+/** The network of an address: of IPv6 the first 64 bits, which one subscriber has; `""`: this machine. */
 function networkOf(address: string): string {
   if (address === "::1" || /^127\.[\d.]+$/.test(address)) return "";
   if (!address.includes(":") || address.includes(".")) return address;
@@ -1466,28 +1438,19 @@ function cookieOf(request: Request, name: string): string | undefined {
   return (cookies && new Bun.CookieMap(cookies).get(name)) || undefined;
 }
 
-/** A `Set-Cookie` for this host, which scripts cannot read; `Secure` if the browser came by TLS, to the server or a proxy. */
-function setCookie(
-  cookie: string,
-  sameSite: "Lax" | "Strict",
-  seconds: number,
-  request: Request,
-  config: Config,
-): string {
-  const isForwarded = config.proxies > 0 && request.headers.get("x-forwarded-proto") === "https";
-  const secure = config.tlsCert !== "" || isForwarded ? "; Secure" : "";
-  return `${cookie}; Path=/; Max-Age=${seconds}; HttpOnly; SameSite=${sameSite}${secure}`;
+/** A `Set-Cookie` for this host, unseen by scripts; `Secure` if the browser came by TLS, to the server or to a proxy. */
+function setCookie(cookie: string, request: Request, { proxies, tlsCert }: Config): string {
+  const isForwarded = proxies > 0 && request.headers.get("x-forwarded-proto") === "https";
+  return `${cookie}; Path=/; HttpOnly${tlsCert !== "" || isForwarded ? "; Secure" : ""}`;
 }
 
 /** The cookie of 128 random bits from which a browser has its ids. */
 const IDENTITY_COOKIE = "chat-me";
 
 /** A new identity. Lax, because a page that is opened by a link from elsewhere must keep it. */
-function newIdentity(request: Request, config: Config): string {
-  return setCookie(`${IDENTITY_COOKIE}=${randomHex(128)}`, "Lax", IDENTITY_SECONDS, request, config);
-}
+const newIdentity = () => `${IDENTITY_COOKIE}=${randomHex(128)}; Max-Age=${IDENTITY_SECONDS}; SameSite=Lax`;
 
-/** The id of a browser in a room: the same for ever, another in every other room, and not to be had without its cookie. */
+/** The id of a browser in a room: the same for ever, another in other rooms, not to be had without the cookie. */
 function idOf(request: Request, room: string): string | undefined {
   const cookie = cookieOf(request, IDENTITY_COOKIE);
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
@@ -1496,19 +1459,21 @@ function idOf(request: Request, room: string): string | undefined {
 type Password = { readonly role: Role; readonly password: string; readonly key: Buffer };
 
 /**
- * Asks for a password, where there is one: by a session cookie, which `login` gives, or by `Authorization: Bearer`. The
- * cookie says whose it is and when it ends, and is signed; nothing of it is stored, and another password ends it.
+ * Asks for a password, where there is one: by a session cookie, which `login` gives, or `Authorization: Bearer`. The
+ * cookie holds a role and its end, signed; nothing of it is stored, and another password ends it.
  */
 class Access {
   readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // wrong passwords of both kinds, by address
-  /** The passwords, and what signs their cookies: made slowly, so that a stolen cookie is no quick way to a password. */
+  /** With what signs their cookies: made slowly, so that a stolen one is no quick way to the password. */
   readonly #passwords: Password[] = [];
 
   constructor(readonly config: Config) {
-    const add = (role: Role, password: string) =>
-      password !== "" && this.#passwords.push({ role, password, key: scryptSync(password, "chat session", 32) });
-    add("operator", config.operator);
-    add("guest", config.password);
+    for (const [role, password] of [
+      ["operator", config.operator],
+      ["guest", config.password],
+    ] as [Role, string][]) {
+      if (password) this.#passwords.push({ role, password, key: scryptSync(password, "chat session", 32) });
+    }
   }
 
   /** Whether there is a password. */
@@ -1517,7 +1482,7 @@ class Access {
   }
 
   /** The role in which a request may come in, or the refusal. */
-  check(request: Request, server: Bun.Server<Member>): Role | Response {
+  check(request: Request, server: Server): Role | Response {
     const [role, ends = "", signature = ""] = cookieOf(request, cookieName(server))?.split(".") ?? [];
     const owner = this.#passwords.find((each) => each.role === role);
     const isSigned = owner && isEqual(owner.key, signature, hmac(owner.key, ends));
@@ -1531,7 +1496,7 @@ class Access {
   }
 
   /** Answers the page's password form: 204 with a session cookie, 401, or 429 with the seconds to wait. */
-  async login(request: Request, server: Bun.Server<Member>): Promise<Response> {
+  async login(request: Request, server: Server): Promise<Response> {
     const { config } = this;
     if (!originAllowed(request.headers, config.origins)) return refuse(403, "Pages of this origin may not log in.");
     const given = new URLSearchParams(await request.text()).get("password") ?? "";
@@ -1539,13 +1504,13 @@ class Access {
     const found = this.#try(given, request, server);
     if (found instanceof Response) return found;
     const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
-    const cookie = `${cookieName(server)}=${found.role}.${ends}.${hmac(found.key, ends)}`;
-    const headers = { "Set-Cookie": setCookie(cookie, "Strict", SESSION_SECONDS, request, config) };
-    return new Response(null, { status: 204, headers });
+    const session = `${cookieName(server)}=${found.role}.${ends}.${hmac(found.key, ends)}`;
+    const cookie = setCookie(`${session}; Max-Age=${SESSION_SECONDS}; SameSite=Strict`, request, config);
+    return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
   }
 
   /** The password that was given, or the refusal. An address that guesses must wait. */
-  #try(given: string, request: Request, server: Bun.Server<Member>): Password | Response {
+  #try(given: string, request: Request, server: Server): Password | Response {
     const network = networkOf(addressOf(request, server, this.config.proxies));
     const wait = Math.ceil(this.wrong.wait(network) / 1000);
     if (wait > 0) return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${wait}` });
@@ -1557,8 +1522,8 @@ class Access {
 
 const BEARER = { "WWW-Authenticate": "Bearer" };
 
-/** The name of a session's cookie, with the port, since a browser keeps one jar for all the ports of a host. */
-const cookieName = ({ port }: Bun.Server<Member>) => `chat-${port}`;
+/** With the port, since a browser keeps one jar for all the ports of a host. */
+const cookieName = ({ port }: Server) => `chat-${port}`;
 const hmac = (key: Buffer, text: string) => createHmac("sha256", key).update(text).digest("base64url");
 /** Compares in constant time. */
 const isEqual = (key: Buffer, given: string, right: string) =>
@@ -1570,7 +1535,7 @@ const isEqual = (key: Buffer, given: string, right: string) =>
 export interface Chat {
   /** The address to open, with the port that was taken; ends with a slash. */
   readonly url: string;
-  /** Stops accepting, stores and delivers what was taken, closes sockets with 1001 and the store. Takes at most 3 s. */
+  /** Stores and delivers what was taken, closes sockets with 1001, and the store. Takes at most 3 s. */
   stop(): Promise<void>;
 }
 
@@ -1590,7 +1555,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   rooms.brokerOf = (room) => brokers[homeOf(room, config.redisUrls)] as Broker;
   await Promise.all(brokers.map((broker) => broker.start()));
   try {
-    rooms.server = listen(config, makeHandlers(config, rooms, access, log));
+    rooms.server = listen(config, makeHandlers(rooms, access));
   } catch (error) {
     for (const broker of brokers) broker.stop();
     throw error;
@@ -1617,20 +1582,17 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
 }
 
 /** What the server does with requests and sockets. */
-function makeHandlers(config: Config, rooms: Rooms, access: Access, log: Logger) {
+function makeHandlers(rooms: Rooms, access: Access) {
+  const { config, log } = rooms;
   const page = makePage(pageSource as unknown as string, config); // bun-types takes every .html import for a bundle
   const isHeard = (ws: Socket) => void (ws.data.heardAt = performance.now());
   return {
-    fetch: (request: Request, server: Bun.Server<Member>) => {
+    fetch: (request: Request, server: Server) => {
       const url = URL.parse(request.url);
       if (!url) return refuse(400, "The Host header names no host.");
-      if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, config, access);
+      if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, access);
       if (request.method === "POST" && access.asks) return access.login(request, server);
       return page(request);
-    },
-    error: (error: Error) => {
-      log("error", `A request failed: ${error.stack}`);
-      return refuse(500, "Something went wrong here.");
     },
     websocket: {
       data: {} as Member,
@@ -1654,7 +1616,7 @@ function makeHandlers(config: Config, rooms: Rooms, access: Access, log: Logger)
 }
 
 /** Listens on the configured address. @throws StartError when that is not possible, or a TLS file is bad */
-function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Bun.Server<Member> {
+function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
   const reusePort = config.reusePort === "1"; // stated, as Bun would else share the port when `development` is false
@@ -1674,14 +1636,9 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Bun.
 }
 
 /** Lets a WebSocket in, or says why not: a ladder of guards, each with its status and its sentence. */
-function handshake(
-  request: Request,
-  { pathname, searchParams: query }: URL,
-  server: Bun.Server<Member>,
-  config: Config,
-  access: Access,
-): Response | undefined {
+function handshake(request: Request, url: URL, server: Server, access: Access): Response | undefined {
   const { headers } = request;
+  const { config } = access;
   if (headers.get("upgrade")?.toLowerCase() !== "websocket") {
     return refuse(426, "Here a WebSocket is expected.", { Upgrade: "websocket", Connection: "Upgrade" });
   }
@@ -1691,7 +1648,7 @@ function handshake(
   if (!originAllowed(headers, config.origins)) {
     return refuse(403, "Pages of this origin may not connect; CHAT_ORIGINS lists those that may.");
   }
-  const roomName = roomOf(pathname.slice("/ws/".length));
+  const roomName = roomOf(url.pathname.slice("/ws/".length));
   if (roomName === undefined) {
     return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
   }
@@ -1702,6 +1659,7 @@ function handshake(
   const isRefused = role instanceof Response;
   // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
   if (isRefused && !isChat) return role;
+  const query = url.searchParams;
   const name = cleanName(query.get("name") ?? "Guest");
   if (name === undefined) return refuse(400, ERRORS["bad-name"]);
   const address = addressOf(request, server, config.proxies);
@@ -1738,7 +1696,7 @@ function makePage(html: string, config: Config): (request: Request) => Response 
     "Content-Security-Policy": contentSecurityPolicy(html),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    // Asked for each time; the answer is nearly always 304. Private, so that no cache gives two people one identity.
+    // Asked for each time, for a 304. Private: no cache may give two people one identity.
     "Cache-Control": "private, no-cache",
     Vary: "Accept-Encoding",
     ETag: etag,
@@ -1749,24 +1707,23 @@ function makePage(html: string, config: Config): (request: Request) => Response 
       return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     }
     const headers = new Headers(fixed);
-    if (cookieOf(request, IDENTITY_COOKIE) === undefined) headers.set("Set-Cookie", newIdentity(request, config));
-    const known = splitList(request.headers.get("if-none-match") ?? "").map((tag) => tag.replace(/^(?!W\/)/, "W/"));
-    if (known.includes(etag)) return new Response(null, { status: 304, headers });
+    if (cookieOf(request, IDENTITY_COOKIE) === undefined)
+      headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
+    if (request.headers.get("if-none-match")?.includes(etag.slice(2)))
+      return new Response(null, { status: 304, headers });
     const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(request.headers.get("accept-encoding") ?? "");
     if (gzip) headers.set("Content-Encoding", "gzip");
     return new Response(gzip ? compressed : plain, { headers });
   };
 }
 
-/** The policy under which the page runs: its one script and its one style, and nothing from anywhere else. CSP Level 3. */
+/** The page runs its one script and its one style, and nothing from elsewhere. CSP Level 3. */
 function contentSecurityPolicy(html: string): string {
   const hash = (tag: string) =>
     `'sha256-${sha256(new RegExp(`<${tag}>([^]*?)</${tag}>`).exec(html)?.[1] ?? "", "base64")}'`;
-  return (
-    `default-src 'none'; script-src ${hash("script")}; style-src ${hash("style")}; img-src data:; ` +
-    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; " +
-    "require-trusted-types-for 'script'; trusted-types 'none'"
-  );
+  const sources = `default-src 'none'; script-src ${hash("script")}; style-src ${hash("style")}; img-src data:`;
+  const rest = "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
+  return `${sources}; ${rest}; require-trusted-types-for 'script'; trusted-types 'none'`;
 }
 
 // ─── Moving: export and import ───────────────────────────────────────────────────────────────────────────────────────
@@ -1774,20 +1731,17 @@ function contentSecurityPolicy(html: string): string {
 /** A line of an export: a message, and the room it stands in. */
 type Line = Message & { room: string };
 
+const EXPORT_ALL = `SELECT rooms.name AS room, ${COLUMNS} FROM rooms JOIN messages ON room = id
+  WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`;
+
 /** The kept messages of every room, room by room. A server on the same store is not disturbed. @throws StartError */
 export async function* exportMessages(config: Config): AsyncGenerator<Line> {
-  if (config.redisUrls.length === 0) yield* exportSqlite(config);
   for (const url of config.redisUrls) yield* exportRedis(url, config);
-}
-
-function* exportSqlite({ db: path, history }: Config): Generator<Line> {
-  if (!existsSync(path)) throw new StartError(`CHAT_DB=${path}: there is no such database.`);
-  using db = new Database(path, { readonly: true });
-  const rows = db.query<Row & { room: string }, [number]>(
-    `SELECT rooms.name AS room, ${COLUMNS} FROM rooms JOIN messages ON room = id
-     WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`,
-  );
-  for (const row of rows.iterate(history)) yield { room: row.room, ...messageOf(row) };
+  if (config.redisUrls.length > 0) return;
+  if (!existsSync(config.db)) throw new StartError(`CHAT_DB=${config.db}: there is no such database.`);
+  using db = new Database(config.db, { readonly: true });
+  const rows = db.query<Row & { room: string }, [number]>(EXPORT_ALL);
+  for (const row of rows.iterate(config.history)) yield { room: row.room, ...messageOf(row) };
 }
 
 async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
@@ -1853,17 +1807,15 @@ function checkedLine(line: Partial<Line>): Line {
 
 /**
  * Takes an export into the configured store, room by room; each begins a new epoch.
- * @returns how many messages were taken, and the rooms that were not, because they are there already
+ * @returns the rooms that were not taken, because they are there already
  * @throws StartError when a line is broken, or a server uses the SQLite file: then nothing has changed
  */
-export async function importMessages(config: Config, text: string): Promise<{ count: number; refused: string[] }> {
+export async function importMessages(config: Config, text: string): Promise<string[]> {
   const rooms = readExport(text);
-  const refused = config.redisUrls.length === 0 ? importSqlite(config, rooms) : await importRedis(config, rooms);
-  const taken = [...rooms].filter(([room]) => !refused.includes(room));
-  return { count: taken.reduce((sum, [, lines]) => sum + lines.length, 0), refused };
+  return config.redisUrls.length === 0 ? importSqlite(config, rooms) : importRedis(config, rooms);
 }
 
-/** A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
+/** Refused while a server runs on the file, which would not learn of it. */
 function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
   const { db, close } = openLocked(config);
   const insert = db.query(INSERT_MESSAGE);
@@ -1917,8 +1869,7 @@ export async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "export" && rest.length === 0) return printExport(readConfig(process.env));
   if (command === "import" && rest.length <= 1) {
     const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
-    const { count, refused } = await importMessages(readConfig(process.env), text);
-    console.error(`${count} messages imported.`);
+    const refused = await importMessages(readConfig(process.env), text);
     if (refused.length === 0) return;
     throw new StartError(`Not imported, as these rooms are there already: ${JSON.stringify(refused)}.`);
   }
@@ -1926,9 +1877,9 @@ export async function main([command, ...rest]: string[]): Promise<void> {
 }
 
 function help(): string {
-  const settings = Object.values(SETTINGS).map(
-    ([variable, fallback, , what]) => `  ${variable.padEnd(15)} ${what}${fallback && ` (${fallback})`}`,
-  );
+  const settings = Object.values(SETTINGS).map(([variable, fallback, , what]) => {
+    return `  ${variable.padEnd(15)} ${what}${fallback && ` (${fallback})`}`;
+  });
   return `A chat server in one file. It needs nothing: start it, and open the address it prints.
 
   bun run server.ts                      serves the chat
@@ -1956,7 +1907,7 @@ async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
   const log = makeLogger(config.logLevel);
   log("info", `The chat is open: ${chat.url}`);
-  // The addresses at which others on the network reach this machine, for whoever has started it in a terminal.
+  // For whoever started it in a terminal: the addresses at which others reach this machine.
   const addresses = Object.values(networkInterfaces()).flatMap((all) => all ?? []);
   for (const { internal, family, address } of config.host === "" && process.stdout.isTTY ? addresses : []) {
     if (!internal && family === "IPv4") log("info", `       for others: ${chat.url.replace("localhost", address)}`);
