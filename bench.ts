@@ -50,10 +50,8 @@ interface Load {
   readonly seconds: number; // of one round
 }
 
-/** The ratios to the floor that are to be reached: plain with `normal` and with `full`, then `chat.v1` likewise. */
-type Targets = readonly [number, number, number, number];
-
-const LOADS: Record<string, Load & { targets: Targets }> = {
+/** The loads, and the ratios to the floor that are to be reached: plain `normal`, plain `full`, then `chat.v1` likewise. */
+const LOADS: Record<string, Load & { targets: number[] }> = {
   talk: { clients: 32, senders: 32, inFlight: 1, text: 64, seconds: 0.5, targets: [1.15, 1.5, 1.3, 1.5] },
   crowd: { clients: 1000, senders: 10, inFlight: 4, text: 128, seconds: 0.8, targets: [1.0, 1.15, 0.75, 0.75] },
   busy: { clients: 200, senders: 200, rate: 500, text: 128, seconds: 0.8, targets: [0.65, 0.7, 0.55, 0.6] },
@@ -70,12 +68,9 @@ const ONE: Load = { ...MANY, clients: 1 };
 const FRAME_BYTES = 135;
 /** Messages kept in a very long room. */
 const MANY_MESSAGES = 1_000_000;
-/** Connections that are being made at a time. */
-const CONNECTING = 64;
-/** Milliseconds after which what has not arrived is lost. */
-const LOST_MS = 20_000;
-/** Milliseconds after which memory is read: garbage is collected, presence has settled. */
-const SETTLE_MS = 2500;
+const CONNECTING = 64; // connections that are being made at a time
+const LOST_MS = 20_000; // after which what has not arrived is lost
+const SETTLE_MS = 2500; // after which memory is read: garbage is collected, presence has settled
 
 // ─── Processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -128,10 +123,9 @@ class Target {
     return threads.reduce((sum, stat) => sum + Number(stat.split(" ")[0]) / 1000, 0);
   }
 
-  /** Resident memory in bytes. */
+  /** Resident memory of its one process, in bytes. */
   memory(): number {
-    const statms = this.#processes.map(({ pid }) => readFileSync(`/proc/${pid}/statm`, "utf8"));
-    return statms.reduce((sum, statm) => sum + Number(statm.split(" ")[1]) * 4096, 0);
+    return Number(readFileSync(`/proc/${this.#processes[0]?.pid}/statm`, "utf8").split(" ")[1]) * 4096;
   }
 
   /** Stops the processes; SIGKILL, because how they stop is not measured here. */
@@ -183,21 +177,17 @@ async function until<T>(complaint: string, ask: () => T | Promise<T>): Promise<T
   throw new Error(complaint);
 }
 
-/** CPU time of a server for each of some things done, µs. */
-async function cpuOf(target: Target, times: number, act: () => Promise<unknown>): Promise<number> {
+/** Does something some times, one after the other; returns the CPU time of a server for each, µs. */
+async function cpuOf(target: Target, times: number, act: (i: number) => Promise<unknown>): Promise<number> {
   const before = target.cpu();
-  await act();
+  for (let i = 0; i < times; i++) await act(i);
   return (target.cpu() - before) / times;
 }
 
 // ─── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Latencies of one's own message, milliseconds, since the round began. */
-let latencies: number[] = [];
-/** Whether senders of a closed loop go on. */
-let running = false;
-/** When the chunk that is being read arrived. */
-let now = 0;
+let latencies: number[] = []; // of one's own message, milliseconds, since the round began
+let running = false; // whether senders of a closed loop go on
 
 const TEXT_FRAME = 0x81;
 const PING_FRAME = 0x89;
@@ -208,24 +198,17 @@ const SEQ_AT = '{"type":"messages","messages":[{"seq":'.length;
 
 /** One connection that counts what it gets. */
 class Client {
-  /** Messages received, and the `chat.v1` frames that they came in. */
-  received = 0;
-  frames = 0;
-  /** The newest seq; only `chat.v1` frames have one. */
-  seq = 0;
-  /** What was wrong, in words. */
-  fault = "";
-  /** Its first frame. */
-  hello: Buffer | undefined;
-  /** When each message that is under way was sent. */
-  readonly #sentAt: number[] = [];
+  received = 0; // messages
+  frames = 0; // that they came in; counted in `chat.v1`
+  seq = 0; // the newest; only in `chat.v1`
+  fault = ""; // what was wrong, in words
+  hello: Buffer | undefined; // its first frame
+  readonly #sentAt: number[] = []; // when each message that is under way was sent
   #socket!: Bun.Socket<Client>;
   #rest: Buffer | undefined;
   #upgraded = false;
-  /** Who waits for the next frame. */
-  #reply: PromiseWithResolvers<Buffer> | undefined;
-  /** What its texts begin with; nothing else in a frame has a `#`. */
-  readonly #tag = `#${padded(++serial, 6)}`;
+  #reply: PromiseWithResolvers<Buffer> | undefined; // who waits for the next frame
+  readonly #tag = `#${padded(++serial, 8)}`; // what its texts begin with; nothing else in a frame has a `#`
 
   constructor(
     readonly room: { sent: number }, // messages sent there: what each of its clients is to receive
@@ -235,25 +218,20 @@ class Client {
   ) {}
 
   /** Connects, and waits until the room has let it in. */
-  async connect(port: number, path: string, headers = ""): Promise<this> {
+  async connect(port: number, path: string, headers = ""): Promise<void> {
     if (this.chat) headers += "Sec-WebSocket-Protocol: chat.v1\r\n";
     this.#socket = await Bun.connect({ hostname: "127.0.0.1", port, data: this, socket: HANDLERS });
-    this.hello = await this.#ask(
+    this.hello = await this.ask(
       `GET ${path} HTTP/1.1\r\nHost: localhost:${port}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n${headers}` +
         "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
     );
-    return this;
   }
 
-  /** Sends a frame, and waits for the next one that is not presence. */
-  ask(frame: { type: string } & Record<string, unknown>): Promise<Buffer> {
-    return this.#ask(maskedFrame(JSON.stringify(frame)));
-  }
-
-  #ask(bytes: string | Buffer): Promise<Buffer> {
+  /** Sends a frame, or the handshake, and waits for the next frame that is not presence. */
+  ask(request: string | { type: string; [field: string]: unknown }): Promise<Buffer> {
     this.#reply = Promise.withResolvers();
     const timer = setTimeout(() => this.fail("no answer"), LOST_MS);
-    this.#socket.write(bytes);
+    this.#socket.write(typeof request === "string" ? request : maskedFrame(JSON.stringify(request)));
     return this.#reply.promise.finally(() => clearTimeout(timer));
   }
 
@@ -267,7 +245,6 @@ class Client {
   }
 
   close(): void {
-    this.fault ||= "closed";
     this.#socket.terminate();
   }
 
@@ -315,10 +292,11 @@ class Client {
     this.#reply?.resolve(chunk.subarray(start, end));
   }
 
-  /** A plain text is one message. */
+  /** A plain text is one message; it begins with the tag of its sender. */
   #readPlain(chunk: Buffer, start: number): void {
     this.received++;
-    if (this.#sentAt.length > 0 && chunk.toString("latin1", start, start + this.#tag.length) === this.#tag) this.#own();
+    if (this.#sentAt.length === 0) return;
+    if (chunk.toString("latin1", start, start + this.#tag.length) === this.#tag) this.#own();
   }
 
   /** A frame of messages: its first and last seq say how many, and whether one is missing. */
@@ -335,16 +313,13 @@ class Client {
 
   /** Its own message arrived. */
   #own(): void {
-    latencies.push(now - (this.#sentAt.shift() as number));
+    latencies.push(performance.now() - (this.#sentAt.shift() as number));
     if (this.loop && running) this.send();
   }
 }
 
 const HANDLERS: Bun.SocketHandler<Client> = {
-  data(socket, chunk) {
-    now = performance.now();
-    socket.data.data(chunk);
-  },
+  data: (socket, chunk) => socket.data.data(chunk),
   close: (socket) => socket.data.fail("the server closed the connection"),
   error: (socket, error) => socket.data.fail(error.message),
 };
@@ -417,8 +392,7 @@ async function fillStore(messages: number): Promise<Env> {
 async function round(target: Target, clients: Client[], load: Load) {
   latencies = [];
   const senders = clients.slice(0, load.senders);
-  const first = clients[0] as Client;
-  const { received, frames } = first;
+  const { received, frames } = clients[0]!;
   const deliveries = () => clients.reduce((sum, client) => sum + client.received, 0);
   const [before, start] = [deliveries(), performance.now()];
   const cpu = await cpuOf(target, 1, async () => {
@@ -433,14 +407,11 @@ async function round(target: Target, clients: Client[], load: Load) {
   latencies.sort((a, b) => a - b);
   const quantile = (q: number) => latencies[Math.floor(latencies.length * q)] ?? NaN;
   return {
-    /** Server CPU for each message delivered to one client, µs. */
-    cpu: cpu / delivered,
+    cpu: cpu / delivered, // of the server for each message delivered to one client, µs
     perSecond: delivered / seconds,
-    /** Latency of one's own message, ms. */
-    p50: quantile(0.5),
+    p50: quantile(0.5), // latency of one's own message, ms
     p99: quantile(0.99),
-    /** Messages that came together, in `chat.v1`. */
-    inFrame: (first.received - received) / (first.frames - frames),
+    inFrame: (clients[0]!.received - received) / (clients[0]!.frames - frames), // only in `chat.v1`
   };
 }
 
@@ -467,7 +438,6 @@ async function warmUp(target: Target, chat: boolean): Promise<void> {
   for (const client of clients) client.close();
 }
 
-/** Figures of one round. */
 type Figures = Record<string, number>;
 
 /** Runs measurements in turns, several times, and returns each one's results. */
@@ -523,16 +493,15 @@ async function talk({ targets, ...load }: (typeof LOADS)[string]): Promise<void>
 async function idle(): Promise<void> {
   const grow = (start: () => Promise<Target>, chat: boolean) => async () => {
     const target = await start(); // no warm-up: what it leaves to the garbage collector would hide what connections take
-    await gather(target, chat, { ...MANY, clients: MANY.clients / 10 }, "idle");
     await Bun.sleep(SETTLE_MS);
     const before = target.memory();
     let clients: Client[] = [];
-    const cpu = await cpuOf(target, MANY.clients, async () => (clients = await gather(target, chat, MANY, "idle")));
+    const cpu = await cpuOf(target, 1, async () => (clients = await gather(target, chat, MANY, "idle")));
     await Bun.sleep(SETTLE_MS);
     check(clients);
     const bytes = (target.memory() - before) / MANY.clients;
     await target.stop();
-    return { cpu, bytes };
+    return { cpu: cpu / MANY.clients, bytes };
   };
   const [base, chats = []] = await interleave([
     grow(startFloor, false),
@@ -543,14 +512,15 @@ async function idle(): Promise<void> {
 }
 
 /** Joins the filled room, afresh or to resume, checks that every hello has 100 messages, and leaves. */
-async function joinFilled(target: Target, load: Load, query = ""): Promise<{ epoch: string; last: number }> {
-  const joined = await gather(target, true, load, FILLED, query);
-  const first = joined[0]!.hello!;
-  const hello = JSON.parse(String(first));
-  if (hello.messages.length !== 100 || hello.resumed !== (query !== "")) throw new Error(`a wrong hello: ${first}`);
-  if (!joined.every((client) => client.hello!.equals(first))) throw new Error("hellos differ");
-  for (const client of joined) client.close();
-  return hello;
+async function joinFilled(target: Target, load: Load, query = "") {
+  let clients: Client[] = [];
+  const cpu = await cpuOf(target, 1, async () => (clients = await gather(target, true, load, FILLED, query)));
+  const hellos = clients.map(({ hello }) => JSON.parse(String(hello)));
+  const right = hellos.every(({ messages, resumed }) => messages.length === 100 && resumed === (query !== ""));
+  if (!right) throw new Error("a hello is wrong");
+  for (const client of clients) client.close();
+  await Bun.sleep(SETTLE_MS / 10); // the leaves are no part of what is measured next
+  return { cpu: cpu / load.clients, epoch: hellos[0].epoch as string, last: hellos[0].last as number };
 }
 
 /** What a long history costs against a short one: a start and what comes after it, then what people do in the room. */
@@ -562,7 +532,7 @@ async function history(): Promise<void> {
   print(`first post, wall: longest wait of others`, "ms", "wait", old, { base: fresh, most: 20 });
   print(`${short(MANY.clients)} come back, each missed 100`, "s", "comeBack", old, { base: fresh, most: 3 });
   const [few = [], many = []] = await interleave(await Promise.all(stores.map(peopleIn)));
-  for (const key of ["send", "join", "page", "removal"] as const) {
+  for (const key of ["post", "join", "page", "removal"] as const) {
     print(`${key}, ${kept}`, "µs", key, many, { base: few, ratio: 1.1 });
   }
   print("search through 10,000 messages: 100 pages", "ms", "search", many, { base: few });
@@ -589,10 +559,9 @@ async function restart(store: Env) {
   }
   await posted;
   const { epoch, last } = await joinFilled(target, ONE);
-  const query = `&epoch=${epoch}&after=${last - 100}`;
-  const comeBack = await cpuOf(target, 1e6, () => joinFilled(target, MANY, query));
+  const { cpu } = await joinFilled(target, MANY, `&epoch=${epoch}&after=${last - 100}`);
   await target.stop();
-  return { start, wait, comeBack };
+  return { start, wait, comeBack: (cpu * MANY.clients) / 1e6 };
 }
 
 /** Makes a measurement of the CPU of what people do in the filled room. */
@@ -604,24 +573,20 @@ async function peopleIn(store: Env) {
   const operator = new Client({ sent: 0 }, true, 0, false);
   await operator.connect(target.port, `/ws/${FILLED}0`, "Authorization: Bearer operator\r\n");
   return async () => {
-    const { cpu: send } = await round(target, clients, load);
-    const join = await cpuOf(target, 500, () => joinFilled(target, { ...MANY, clients: 500 }));
     const { seq } = operator;
-    const page = await cpuOf(target, 100, async () => {
-      for (let i = 0; i < 100; i++)
-        await operator.ask({ type: "page", before: seq - Math.floor(((seq - 100) * i) / 100) });
-    });
-    const removal = await cpuOf(target, 100, async () => {
-      for (let i = 0; i < 100; i++) await operator.ask({ type: "remove", key: padded(++serial, 18), seq: seq - i });
-    });
+    const before = (i: number) => seq - Math.floor(((seq - 100) * i) / 100);
+    const page = await cpuOf(target, 100, (i) => operator.ask({ type: "page", before: before(i) }));
+    const remove = (i: number) => operator.ask({ type: "remove", key: padded(++serial, 18), seq: seq - i });
+    const removal = await cpuOf(target, 100, remove);
     clients[0]!.room.sent += 100; // the removals
-    return { send, join, page, search: page / 10, removal };
+    const { cpu: post } = await round(target, clients, load);
+    const { cpu: join } = await joinFilled(target, { ...MANY, clients: 500 });
+    return { post, join, page, search: page / 10, removal };
   };
 }
 
 /** Many rooms of two against one room of two, as many messages in all: so few that none are gathered. */
 async function manyRooms(): Promise<void> {
-  const rooms = 5000;
   const prepare = async (rooms: number) => {
     const target = await startChat(await newStore());
     await warmUp(target, true);
@@ -630,9 +595,8 @@ async function manyRooms(): Promise<void> {
     await Bun.sleep(SETTLE_MS);
     return () => round(target, clients, load);
   };
-  const [chats = [], base] = await interleave([await prepare(rooms), await prepare(1)]);
-  const what = `${short(rooms)} rooms of two against one, 125 messages/s in all`;
-  print(what, "µs", "cpu", chats, { base, ratio: 1.3 });
+  const [chats = [], base] = await interleave([await prepare(5000), await prepare(1)]);
+  print("5,000 rooms of two against one, 125 messages/s in all", "µs", "cpu", chats, { base, ratio: 1.3 });
 }
 
 /** With Redis: what each message in a busy room costs a server that has members of it, and one that has none. */
@@ -645,25 +609,22 @@ async function elsewhere(): Promise<void> {
   await gather(second, true, load, "busy");
   await gather(third, true, load, "quiet");
   const measure = (target: Target) => async () => ({
-    cpu: await cpuOf(target, 2000, () => round(first, clients, load)),
+    cpu: (await cpuOf(target, 1, () => round(first, clients, load))) / 2000,
   });
   const [base, chats = []] = await interleave([measure(second), measure(third)]);
-  const what = "a message, to a server with nobody in its room against ten";
-  print(what, "µs", "cpu", chats, { base, ratio: 0.1 });
+  print("a message, for a server with nobody in its room against ten", "µs", "cpu", chats, { base, ratio: 0.1 });
 }
 
 // ─── The table ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** What a figure is compared with, and what it, or its ratio to the base, is to be at most. */
-interface Comparison<T> {
-  readonly base?: T[];
-  readonly most?: number;
-  readonly ratio?: number;
-  readonly rest?: string;
-}
-
-function print<T extends Figures>(what: string, unit: string, key: keyof T, chats: T[], row: Comparison<T> = {}): void {
-  const { base, most, ratio, rest = "" } = row;
+/** Prints a row; `most` is what its figure, and `ratio` what the ratio to the base's, is to be at most. */
+function print<T extends Figures>(
+  what: string,
+  unit: string,
+  key: keyof T,
+  chats: T[],
+  { base, most, ratio, rest = "" }: { base?: T[]; most?: number; ratio?: number; rest?: string },
+): void {
   const of = (rounds: T[]) => `${short(median(rounds, key))} ${unit}`;
   const quotient = base ? median(chats, key, base) : NaN;
   const target = most ?? ratio;
