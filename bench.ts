@@ -192,6 +192,7 @@ let running = false; // whether senders of a closed loop go on
 const TEXT_FRAME = 0x81;
 const PING_FRAME = 0x89;
 const PONG_FRAME = 0x8a;
+const [BRACE, LETTER_M] = [0x7b, 0x6d];
 /** Where the type of a frame stands in it, and the first seq of a frame with messages. */
 const TYPE_AT = '{"type":"'.length;
 const SEQ_AT = '{"type":"messages","messages":[{"seq":'.length;
@@ -209,6 +210,7 @@ class Client {
   #upgraded = false;
   #reply: PromiseWithResolvers<Buffer> | undefined; // who waits for the next frame
   readonly #tag = `#${padded(++serial, 8)}`; // what its texts begin with; nothing else in a frame has a `#`
+  readonly #tagBytes = Buffer.from(this.#tag);
 
   constructor(
     readonly room: { sent: number }, // messages sent there: what each of its clients is to receive
@@ -284,12 +286,14 @@ class Client {
     if (opcode === PING_FRAME) return void this.#socket.write(maskedFrame("", PONG_FRAME));
     if (opcode !== TEXT_FRAME) return this.fail(`a frame with opcode ${opcode}`);
     if (!this.chat) return this.#readPlain(chunk, start);
-    const type = chunk.toString("latin1", start + TYPE_AT, start + TYPE_AT + 3);
+    const often = chunk[start + TYPE_AT] === LETTER_M;
+    const type = often ? "mes" : chunk.toString("latin1", start + TYPE_AT, start + TYPE_AT + 3);
     if (type === "pre") return;
     if (type === "err") return this.fail(chunk.toString("utf8", start, end));
     if (type === "hel") this.seq = Number(/"last":(\d+)/.exec(chunk.toString("latin1", start, start + 200))?.[1]);
     if (type === "mes") this.#readMessages(chunk, start, end);
     this.#reply?.resolve(chunk.subarray(start, end));
+    this.#reply = undefined;
   }
 
   /** A plain text is one message; it begins with the tag of its sender. */
@@ -302,13 +306,13 @@ class Client {
   /** A frame of messages: its first and last seq say how many, and whether one is missing. */
   #readMessages(chunk: Buffer, start: number, end: number): void {
     const first = readNumber(chunk, start + SEQ_AT);
-    const last = readNumber(chunk, chunk.lastIndexOf("{", end) + '{"seq":'.length); // no text here has a brace
+    const last = readNumber(chunk, chunk.lastIndexOf(BRACE, end) + '{"seq":'.length); // no text here has a brace
     if (first !== this.seq + 1) this.fail(`seq ${first} came after ${this.seq}`);
     this.received += last - first + 1;
     this.frames++;
     this.seq = last;
     if (this.#sentAt.length === 0) return;
-    for (let at = start; (at = chunk.indexOf(this.#tag, at, "latin1")) >= 0 && at < end; at++) this.#own();
+    for (let at = start; (at = chunk.indexOf(this.#tagBytes, at)) >= 0 && at < end; at++) this.#own();
   }
 
   /** Its own message arrived. */
@@ -333,7 +337,9 @@ function maskedFrame(payload: string, opcode = TEXT_FRAME): Buffer {
 
 /** The decimal number that starts at a place in a buffer. */
 function readNumber(chunk: Buffer, at: number): number {
-  return Number.parseInt(chunk.toString("latin1", at, at + 16), 10);
+  let number = 0;
+  for (let digit; (digit = chunk[at++]! - 48) >= 0 && digit <= 9;) number = number * 10 + digit;
+  return number;
 }
 
 function padded(number: number, digits: number): string {
