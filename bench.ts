@@ -87,7 +87,7 @@ function newPath(name: string): string {
 }
 
 function killAll(): void {
-  for (const child of children) child.kill("SIGKILL");
+  for (const child of [...children].reverse()) child.kill("SIGKILL"); // a server before its Redis, or it complains
   children.clear();
 }
 
@@ -359,6 +359,7 @@ async function gather(target: Target, chat: boolean, load: Load, room: string, q
     const some = Math.min(CONNECTING, load.clients - i);
     await Promise.all(Array.from({ length: some }, (_, j) => connect(i + j)));
   }
+  if (!chat) await Bun.sleep(SETTLE_MS / 10); // a plain client is not told when the room has let it in
   return clients;
 }
 
@@ -575,9 +576,10 @@ async function peopleIn(store: Env) {
   const load: Load = { clients: 10, senders: 10, rate: 1000, text: 128, seconds: 1 };
   const target = await startChat({ ...store, CHAT_OPERATOR: "operator" }); // may remove any message
   await warmUp(target, true);
-  const clients = await gather(target, true, load, FILLED);
   const operator = new Client({ sent: 0 }, true, 0, false);
   await operator.connect(target.port, `/ws/${FILLED}0`, "Authorization: Bearer operator\r\n");
+  await operator.ask({ type: "post", key: padded(++serial, 18), text: "the first, which may read all keys" });
+  const clients = await gather(target, true, load, FILLED);
   return async () => {
     const { seq } = operator;
     const before = (i: number) => seq - Math.floor(((seq - 100) * i) / 100);
