@@ -4396,7 +4396,7 @@ describePage("who is who, and taking it back", () => {
   });
 
   test("the operator's password is asked for in the menu, and lets one remove what others wrote", async () => {
-    const { url } = await start({ operator: "sesame" });
+    const { url } = await start({ operator: "boss" });
     const bo = await Client.join(url, { name: "Bo" });
     bo.post("an advertisement", "k1");
     const tab = await Tab.join(url);
@@ -4405,7 +4405,7 @@ describePage("who is who, and taking it back", () => {
     expect(await tab.run(() => document.querySelector(".remove"))).toBeNull();
     await click(tab, "#operator");
     await givePassword(tab, "wrong", "That is not the password.");
-    await givePassword(tab, "sesame", "");
+    await givePassword(tab, "boss", "");
     await tab.until("the action", () => document.querySelector(".remove")?.textContent === "Remove");
     expect(await tab.run(() => document.querySelector<HTMLElement>("#operator")!.hidden)).toBe(true);
     await click(tab, ".remove");
