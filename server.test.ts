@@ -104,7 +104,7 @@ async function spawnServer(env: Record<string, string> = {}, limit?: string): Pr
 async function restart(
   server: ServerProcess,
   signal: "SIGKILL" | "SIGTERM",
-  meanwhile = async () => {},
+  meanwhile: () => unknown = () => {},
 ): Promise<ServerProcess> {
   server.kill(signal);
   const code = await within(server.exited, "the server's end");
@@ -393,10 +393,7 @@ function rawFrame(payload: string | Uint8Array, opcode = 1, { fin = true, mask =
   return Buffer.concat([head, Buffer.alloc(4), body]); // a mask of zeros leaves the payload as it is
 }
 
-/**
- * A client of either dialect that records what it receives. It writes its own frames on a bare connection, so that it
- * can do wrong as well as right.
- */
+/** A client of either dialect that records what it receives, on a bare connection: it can do wrong as well as right. */
 class Client {
   /** What came: each text frame, the same as an object in chat.v1, the messages in it, and Close, ping and pong. */
   readonly texts: string[] = [];
@@ -568,32 +565,26 @@ class Client {
     this.raw(rawFrame(typeof frame === "string" ? frame : JSON.stringify(frame)));
   }
 
-  /** Posts a text; the key is the text itself unless given. */
+  /** Posts a text; the key is the text itself unless given. A plain socket has no key. */
   post(text: string, key = text.replaceAll(/[^\w-]/g, "_").slice(0, 64)): void {
-    this.send({ type: "post", key, text });
+    this.send(this.#chat ? { type: "post", key, text } : text);
   }
 
-  /** Posts a text, waits until it is in the room, and returns it as it is there. */
+  /** Posts m1, m2 … without a pause. */
+  postAll(count: number, text = (n: number) => `m${n}`): void {
+    for (let n = 1; n <= count; n++) this.post(text(n), `k${n}`);
+  }
+
+  /** Posts a text, waits until it is in the room, and returns it as it is there (in chat.v1). */
   async say(text: string, key?: string): Promise<Message> {
     this.post(text, key);
-    const said = () => this.messages.findLast((message) => message.text === text);
-    await this.until(`"${text}"`, () => said() !== undefined);
-    return said() as Message;
+    await this.until(`"${text}"`, () => this.seen.includes(text));
+    return this.messages.findLast((message) => message.text === text) as Message;
   }
 
-  /** Sends many texts of either dialect without a pause. */
-  sendAll(count: number, text = (n: number) => `m${n}`): void {
-    for (let n = 1; n <= count; n++)
-      if (this.#chat) this.post(text(n), `k${n}`);
-      else this.send(text(n));
-  }
-
-  /** Sends frames as fast as the server takes them. */
-  async flood(count: number, frame: (n: number) => Buffer): Promise<void> {
-    for (let n = 1; n <= count; n += 100) {
-      this.raw(Buffer.concat(Array.from({ length: Math.min(100, count - n + 1) }, (_, i) => frame(n + i))));
-      if (this.socket.writableNeedDrain) await this.until("room to send", () => !this.socket.writableNeedDrain);
-    }
+  /** The texts that came in the room, in either dialect. */
+  get seen(): string[] {
+    return this.#chat ? textsOf(this.messages) : this.texts;
   }
 
   /** A round trip: all that this client sent before was received by the server, all it answered has arrived here. */
@@ -655,7 +646,7 @@ function textsOf(messages: Message[]): string[] {
   return messages.map(({ text }) => text);
 }
 
-/** The texts m1, m2 … as {@link Client.sendAll} sends them. */
+/** The texts m1, m2 … as {@link Client.postAll} posts them. */
 function numbered(from: number, to: number): string[] {
   return Array.from({ length: to - from + 1 }, (_, i) => `m${from + i}`);
 }
@@ -831,23 +822,23 @@ describe("over HTTP", () => {
     }
   });
 
-  test("HEAD answers with the headers of GET alone", async () => {
+  test("HEAD answers with the headers of GET alone, and a page that the browser has is not sent again", async () => {
     const { url } = await start();
     const [head, get] = [await fetch(url, { method: "HEAD" }), await fetch(url)];
     expect([head.status, await head.text()]).toEqual([200, ""]);
     for (const name of ["content-type", "etag", "content-security-policy"]) {
       expect(head.headers.get(name)).toBe(get.headers.get(name) as string);
     }
-  });
-
-  test("a page that the browser has is not sent again", async () => {
-    const { url } = await start();
-    const etag = (await fetch(url)).headers.get("etag") as string;
-    for (const tag of [etag, etag.slice(2), `"other", ${etag}`]) {
+    const etag = get.headers.get("etag") as string;
+    for (const [tag, status] of [
+      [etag, 304],
+      [etag.slice(2), 304],
+      [`"other", ${etag}`, 304],
+      ['"other"', 200],
+    ] as const) {
       const again = await fetch(url, { headers: { "If-None-Match": tag } });
-      expect([tag, again.status, await again.text()]).toEqual([tag, 304, ""]);
+      expect([tag, again.status, (await again.text()) === ""]).toEqual([tag, status, status === 304]);
     }
-    expect((await fetch(url, { headers: { "If-None-Match": '"other"' } })).status).toBe(200);
   });
 
   test("the page is compressed for those who accept it, and only for them", async () => {
@@ -878,28 +869,13 @@ describe("over HTTP", () => {
       expect(contents).toHaveLength(1);
       return `'sha256-${new Bun.CryptoHasher("sha256").update(contents[0]?.[1] ?? "").digest("base64")}'`;
     };
-    const policy = (headers.get("content-security-policy") ?? "").split("; ").toSorted();
-    expect(policy).toEqual([
-      "base-uri 'none'",
-      "connect-src 'self'",
-      "default-src 'none'",
-      "form-action 'self'",
-      "frame-ancestors 'none'",
-      "img-src data:",
-      "require-trusted-types-for 'script'",
-      `script-src ${hash("script")}`,
-      `style-src ${hash("style")}`,
-      "trusted-types 'none'",
-    ]);
-    const others = {
-      "x-content-type-options": "nosniff",
-      "referrer-policy": "no-referrer",
-      "cache-control": "no-cache",
-      "access-control-allow-origin": null,
-      server: null,
-      "x-powered-by": null,
-    };
-    for (const [name, value] of Object.entries(others)) expect([name, headers.get(name)]).toEqual([name, value]);
+    const others = `base-uri 'none'; connect-src 'self'; default-src 'none'; form-action 'self'; frame-ancestors 'none'; img-src data:;
+      require-trusted-types-for 'script'; trusted-types 'none'`;
+    const expected = [...others.split(/;\s+/), `script-src ${hash("script")}`, `style-src ${hash("style")}`];
+    expect(headers.get("content-security-policy")?.split("; ").toSorted()).toEqual(expected.toSorted());
+    const more =
+      "x-content-type-options referrer-policy cache-control access-control-allow-origin server x-powered-by".split(" ");
+    expect(more.map((name) => headers.get(name))).toEqual(["nosniff", "no-referrer", "no-cache", null, null, null]);
     expect(html).not.toMatch(
       /\son[a-z]+\s*=\s*["']|style="|javascript:|<(script|img|link|iframe)[^>]+(src|href)="(?!data:)/i,
     );
@@ -909,19 +885,10 @@ describe("over HTTP", () => {
 // ─── The plain dialect ───────────────────────────────────────────────────────────────────────────────────────────────
 
 /** Texts that a careless server would change. */
-const TEXTS = [
-  "hi",
-  "",
-  "line\nbreak\r\n\ttab",
-  `"quotes" 'and' \\`,
-  "<b>bold</b>&amp;",
-  "👩‍👩‍👧 🇨🇳 é e\u0301",
-  "请输入",
-  "\ufeffBOM",
-  "a\0b",
-  "x".repeat(16 * 1024),
-  "end",
-];
+const TEXTS =
+  `hi||line\nbreak\r\n\ttab|"quotes" 'and' \\|<b>bold</b>&amp;|👩‍👩‍👧 🇨🇳 é e\u0301|请输入|\ufeffBOM|a\0b|${"x".repeat(16 * 1024)}|end`.split(
+    "|",
+  );
 
 describeStore("a plain socket", (make) => {
   test("receives exactly what is sent, byte for byte, its own texts too", async () => {
@@ -941,8 +908,8 @@ describeStore("a plain socket", (make) => {
     const { url } = await start((await make()).config);
     const plain = await Client.join(url, { plain: true, name: "x".repeat(33) });
     const ann = await Client.join(url, { name: "Ann" });
-    for (const frame of [{ type: "typing" }, { type: "name", name: "Anna" }, { type: "page", before: 1 }, "nonsense"])
-      ann.send(frame);
+    for (const type of ["typing", "ping", "page", "nonsense"]) ann.send({ type });
+    ann.send({ type: "name", name: "Anna" });
     await ann.first("presence");
     await (await Client.join(url, { name: "Bo" })).leave();
     await ann.say("the one text");
@@ -1029,7 +996,7 @@ describe("a chat.v1 client", () => {
   test("gets the newest hundred messages, and older ones by pages", async () => {
     const { url } = await start({ rate: 0 });
     const ann = await Client.join(url);
-    ann.sendAll(250);
+    ann.postAll(250);
     await ann.untilMessages(250);
     const bo = await Client.join(url);
     const { first, last, messages } = await bo.first("hello");
@@ -1043,13 +1010,7 @@ describe("a chat.v1 client", () => {
 
   test("is told of its room by path, and of no other: NFC, Chinese, slashes and 64 characters", async () => {
     const { url } = await start();
-    const pairs = [
-      ["caf\u00e9", "cafe\u0301"],
-      ["团队", "团队"],
-      ["a/b", "a/b"],
-      ["🙂".repeat(64), "🙂".repeat(64)],
-      ["", ""],
-    ];
+    const pairs = [["caf\u00e9", "cafe\u0301"], ...["团队", "a/b", "🙂".repeat(64), ""].map((room) => [room, room])];
     for (const [room, same] of pairs as [string, string][]) {
       const [ann, bo] = [await Client.join(url, { room }), await Client.join(url, { room: same })];
       ann.post(`to ${room}`);
@@ -1120,7 +1081,7 @@ describe("a chat.v1 client", () => {
   test("gets the posts of one tick in one frame", async () => {
     const { url } = await start();
     const [ann, bo] = await joinAll(url, "Ann", "Bo");
-    ann.sendAll(20);
+    ann.postAll(20);
     await bo.untilMessages(20);
     expect(bo.all("messages").length).toBeLessThan(20);
     expectDense(bo.messages);
@@ -1133,31 +1094,23 @@ const MALFORMED = `
 no json
 null
 42
-"post"
 []
-{}
 {"type":null}
-{"type":"nope"}
 {"type":"constructor"}
 {"type":"__proto__"}
 {"type":"hello"}
-{"type":"post"}
 {"type":"post","key":"k"}
 {"type":"post","text":"x"}
 {"type":"post","key":1,"text":"x"}
 {"type":"post","key":"k","text":{"a":1}}
 {"type":"post","key":"k","text":"x","from":"somebodyElse"}
 {"type":"post","key":"k","text":"x","__proto__":{}}
-{"type":"page"}
 {"type":"page","before":"1"}
 {"type":"page","before":0}
-{"type":"page","before":-1}
 {"type":"page","before":1.5}
 {"type":"page","before":1e400}
 {"type":"name","name":null}
-{"type":"typing","name":"x"}
 {"type":"ping","${"x".repeat(60_000)}":1}
-${"[".repeat(10_000)}${"]".repeat(10_000)}
 {"type":"post","key":"k","text":${"[".repeat(10_000)}${"]".repeat(10_000)}}`;
 
 describe("a malformed frame", () => {
@@ -1356,31 +1309,19 @@ async function expectOneChat(all: Talker[], servers: { url: string }[], room = "
 describeStore("one order", (make) => {
   test("forty clients of both dialects, all sending, see the same messages in the same order on each server", async () => {
     const servers = await startServers(await make());
-    const at = (i: number) => servers[i % servers.length]!.url;
     const options = Array.from({ length: 40 }, (_, i) => ({ name: `c${i}`, plain: i % 4 > 1 }));
-    const clients = await Promise.all(options.map((each, i) => Client.join(at(i), each)));
-    for (const client of clients) {
-      // A plain socket is told nothing: its own text says that it is in the room.
-      if (options[clients.indexOf(client)]!.plain) client.send("in");
-      await client.untilTexts(1);
-    }
-    for (const client of clients) client.texts.splice(0);
+    const clients = await Promise.all(options.map((each, i) => Client.join(servers[i % servers.length]!.url, each)));
+    for (const [i, client] of clients.entries()) await client.say("in", `in${i}`); // a plain socket knows only by this
     for (let round = 0; round < 25; round++) {
-      for (const [i, client] of clients.entries())
-        options[i]!.plain ? client.send(`${i}:${round}`) : client.post(`${i}:${round}`);
+      for (const [i, client] of clients.entries()) client.post(`${i}:${round}`);
     }
-    const logs = async () => Promise.all(servers.map(({ url }) => readLog(url)));
-    await eventually("all texts", async () => (await logs())[0]?.length === 1020);
-    const [log = [], ...others] = await logs();
-    for (const other of others) expect(other).toEqual(log);
-    expectDense(log);
-    const texts = textsOf(log).filter((text) => text !== "in");
-    for (const [i, client] of clients.entries()) {
-      if (options[i]!.plain)
-        await client.until("all texts", () => client.texts.filter((text) => text !== "in").length >= 1000);
-      else await client.until("all messages", () => client.messages.at(-1)?.seq === 1020);
-      const seen = options[i]!.plain ? client.texts : textsOf(client.messages);
-      expect(seen.filter((text) => text !== "in")).toEqual(texts);
+    const all = ({ seen }: Client) => seen.filter((text) => text !== "in").length >= 1000;
+    await Promise.all(clients.map((client) => client.until("all texts", () => all(client))));
+    const logs = await Promise.all(servers.map(({ url }) => readLog(url)));
+    const texts = textsOf(logs[0]!);
+    for (const log of logs) expect(log).toEqual(logs[0]!);
+    for (const [i, { seen }] of clients.entries()) {
+      expect(seen).toEqual(texts.slice(-seen.length));
       const own = texts.filter((text) => text.startsWith(`${i}:`));
       expect(own).toEqual(Array.from({ length: 25 }, (_, round) => `${i}:${round}`));
     }
@@ -1482,18 +1423,18 @@ describeStore("resume", (make) => {
   /** Fills the lobby with m1, m2 … and returns its epoch. */
   async function filled(url: string, count: number): Promise<string> {
     const ann = await Client.join(url);
-    ann.sendAll(count);
-    await ann.untilMessages(count);
-    await ann.leave();
-    return (await (await Client.join(url)).first("hello")).epoch;
+    ann.postAll(count);
+    await ann.until("all posts", () => ann.messages.length + ann.all("ack").length >= count);
+    return (await ann.first("hello")).epoch;
   }
 
-  test("gives exactly what was missed", async () => {
+  test("gives each of five hundred exactly what they missed", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0 });
     const epoch = await filled(url, 500);
-    for (const after of [500, 499, 123, 0]) {
-      const { resumed, messages, last } = await (await Client.join(url, { epoch, after })).first("hello");
-      expect([resumed, textsOf(messages), last]).toEqual([true, numbered(after + 1, 500), 500]);
+    const places = Array.from({ length: 501 }, (_, after) => Client.join(url, { epoch, after })); // all at once
+    for (const [after, client] of (await Promise.all(places)).entries()) {
+      const { resumed, messages, last } = await client.first("hello");
+      expect([after, resumed, textsOf(messages), last]).toEqual([after, true, numbered(after + 1, 500), 500]);
     }
   });
 
@@ -1514,28 +1455,15 @@ describeStore("resume", (make) => {
     expect([resumed, messages.length]).toEqual([true, 1000]);
   });
 
-  test("works before any message was ever received", async () => {
-    const { url } = await start((await make()).config);
-    const [ann, bo] = await joinAll(url, "Ann", "Bo");
-    const { epoch } = await ann.first("hello");
-    ann.drop();
-    await bo.say("one");
-    const { resumed, messages } = await (await Client.join(url, { epoch, after: 0 })).first("hello");
-    expect([resumed, textsOf(messages)]).toEqual([true, ["one"]]);
-  });
-
   test("keeps the epoch over a restart of the server, and another log has another", async () => {
     const [one, other] = [await make(), await make()];
     const epochs: string[] = [];
     for (const { config } of [one, one, other]) {
-      const chat = await start(config);
-      const ann = await Client.join(chat.url);
-      await ann.say(`hi ${epochs.length}`);
-      epochs.push((await ann.first("hello")).epoch);
-      await chat.stop();
+      const { url, stop } = await start(config);
+      epochs.push(await filled(url, 1));
+      await stop();
     }
-    expect(epochs[1]).toBe(epochs[0] as string);
-    expect(epochs[2]).not.toBe(epochs[0] as string);
+    expect([epochs[1] === epochs[0], epochs[2] === epochs[0]]).toEqual([true, false]);
   });
 
   test("a client cut at random, again and again, here and on another server, ends with exactly the log", async () => {
@@ -1563,20 +1491,11 @@ describeStore("resume", (make) => {
     }
   });
 
-  test("five hundred resume at once, each from their own place", async () => {
-    const { url } = await start({ ...(await make()).config, rate: 0 });
-    const epoch = await filled(url, 500);
-    const places = Array.from({ length: 500 }, (_, after) => Client.join(url, { epoch, after }));
-    for (const [after, client] of (await Promise.all(places)).entries()) {
-      expect([after, textsOf(client.messages)]).toEqual([after, numbered(after + 1, 500)]);
-    }
-  });
-
   test("a hundred long messages do not make a hello that fills a phone: older ones come by pages", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0 });
     const [ann, bot] = [await Client.join(url), await Client.join(url, { plain: true, room: "control" })];
-    ann.sendAll(100, () => "x".repeat(16 * 1024));
-    bot.sendAll(100, () => "\u0001".repeat(16 * 1024)); // each character takes six bytes in JSON
+    ann.postAll(100, () => "x".repeat(16 * 1024));
+    bot.postAll(100, () => "\u0001".repeat(16 * 1024)); // each character takes six bytes in JSON
     await ann.untilMessages(100);
     await bot.untilTexts(100);
     const { epoch } = await ann.first("hello");
@@ -1607,7 +1526,7 @@ describeStore("the store", (make) => {
     const { url } = await start({ ...(await make()).config, history: 50, rate: 0 });
     const [ann, bo] = [await Client.join(url), await Client.join(url, { room: "small" })];
     await bo.say("kept");
-    ann.sendAll(3000);
+    ann.postAll(3000);
     await ann.untilMessages(3000);
     expect(textsOf(await readLog(url))).toEqual(numbered(2951, 3000));
     await ann.say("so old that nobody can know its key", "k1");
@@ -1640,7 +1559,7 @@ describe("the SQLite store", () => {
     const { url } = await start({ db: file, history: 50, rate: 0 });
     await (await Client.join(url, { room: "visited" })).leave();
     const ann = await Client.join(url);
-    ann.sendAll(3000);
+    ann.postAll(3000);
     await ann.untilMessages(3000);
     using reader = new Database(file, { readonly: true });
     expect(reader.query("SELECT name FROM rooms").all()).toEqual([{ name: "" }]);
@@ -1655,16 +1574,13 @@ describe("the SQLite store", () => {
     symlinkSync(later, `${later}-link`); // to a file that is not there yet
     const first = await spawnServer({ CHAT_DB: used });
     await spawnServer({ CHAT_DB: `${later}-link` });
-    for (const [db, why] of [
-      [text, "not a database"],
-      [join(FOLDER, "no", "such", "folder.sqlite"), "no such file or directory"],
-      [FOLDER, "illegal operation on a directory"],
-      [used, "second server"],
-      [link, "second server"],
-      [join(FOLDER, ".", "x", "..", basename(used)), "second server"],
-      [later, "second server"],
-      [` ${later} `, "second server"],
-    ] as const) {
+    const broken = {
+      [text]: "not a database",
+      [join(FOLDER, "no", "folder.sqlite")]: "no such file or directory",
+      [FOLDER]: "illegal operation on a directory",
+    };
+    const same = [used, link, join(FOLDER, ".", "x", "..", basename(used)), later, ` ${later} `];
+    for (const [db, why] of [...Object.entries(broken), ...same.map((db) => [db, "second server"] as const)]) {
       const { code, said } = await run({ CHAT_DB: db });
       expect([db, code, said.includes(why)]).toEqual([db, 1, true]);
       expect(said).toMatch(/^CHAT_DB=.+: the database cannot be opened and written: .+\n$/);
@@ -1746,20 +1662,16 @@ describe("a page of another origin", () => {
     const { url } = await start();
     const own = `
       http://chat.example       chat.example
-      http://CHAT.example       chat.example
-      http://chat.example       CHAT.Example
-      https://chat.example      chat.example
+      http://CHAT.example       chat.Example
       http://chat.example:80    chat.example
       https://chat.example      chat.example:443
       http://chat.example:8080  chat.example:8080
       http://[::1]:8080         [::1]:8080
-      http://[::1]              [0:0:0:0:0:0:0:1]
-      http://127.0.0.1:8080     127.0.0.1:8080`;
+      http://[::1]              [0:0:0:0:0:0:0:1]`;
     const others = `
       http://chat.example                      chat.example:8080
       http://chat.example:8081                 chat.example:8080
       http://[::2]:8080                        [::1]:8080
-      http://evil.example                      chat.example
       http://chat.example.evil.example         chat.example
       http://evil.example/chat.example         chat.example
       http://evil.example#chat.example         chat.example
@@ -1769,8 +1681,7 @@ describe("a page of another origin", () => {
       null                                     chat.example
       null                                     null
       file://                                  chat.example
-      chrome-extension://chat.example          localhost
-      about:blank                              chat.example`;
+      chrome-extension://localhost             localhost`;
     for (const [status, table] of [
       [101, own],
       [403, others],
@@ -1788,18 +1699,11 @@ describe("a page of another origin", () => {
   test("comes in when CHAT_ORIGINS names it: as an origin, as a host, or by *; a proxy may rewrite Host then", async () => {
     const { origins } = readConfig({ CHAT_ORIGINS: "https://Chat.example, other.example:8443" });
     const { url } = await start({ origins });
-    for (const [origin, status] of [
-      ["https://chat.example", 101],
-      ["https://chat.example:443", 101],
-      ["http://chat.example", 403],
-      ["https://other.example:8443", 101],
-      ["http://other.example:8443", 101],
-      ["https://other.example", 403],
-      ["https://evil.example", 403],
-      ["http://https", 403],
-      ["null", 403],
-    ] as const) {
-      expect([origin, await answer(url, origin, "127.0.0.1:9000")]).toEqual([origin, status]);
+    const cases = `101 https://chat.example  101 https://chat.example:443  403 http://chat.example
+      101 https://other.example:8443  101 http://other.example:8443  403 https://other.example
+      403 https://evil.example  403 http://https  403 null`;
+    for (const [, status, origin] of cases.matchAll(/(\d+) (\S+)/g)) {
+      expect([origin, `${await answer(url, `${origin}`, "127.0.0.1:9000")}`]).toEqual([origin, `${status}`]);
     }
     const open = await start({ origins: ["*"] });
     for (const origin of ["https://evil.example", "null"]) expect(await answer(open.url, origin, "x")).toBe(101);
@@ -1846,6 +1750,7 @@ describe("a password", () => {
 
   test("is given at any path for a cookie that does not hold it, and is honoured in both dialects; so is Bearer", async () => {
     const { url } = await start({ password: "sesame" });
+    expect((await login(url, "sesame ")).status).toBe(401);
     const response = await login(`${url}team`, "sesame");
     expect([response.status, await response.text()]).toEqual([204, ""]);
     const [set, ...others] = response.headers.getSetCookie() as [string];
@@ -1862,12 +1767,6 @@ describe("a password", () => {
       expect(await knock(url, headers)).toBe(101);
       await Client.join(url, { headers });
     }
-  });
-
-  test("of any characters is understood by the form", async () => {
-    const { url } = await start({ password: PASSWORD });
-    expect((await login(url, PASSWORD)).status).toBe(204);
-    expect((await login(url, `${PASSWORD} `)).status).toBe(401);
   });
 
   test("wrong, forged, of another password, or no cookie at all: none comes in, and an old one only until its time is over", async () => {
@@ -1962,21 +1861,23 @@ describe("a password", () => {
   });
 
   test("is counted by the address that the trusted proxies saw, whatever the client made up", async () => {
-    for (const [proxies, counted, address] of [
-      [0, true, (i: number) => `192.0.2.${i}`], // no proxy is trusted: the header is nothing
-      [1, true, (i: number) => `192.0.2.${i}, 198.51.100.7`],
-      [1, true, (i: number) => `192.0.2.${i}\r\nX-Forwarded-For: 198.51.100.7`], // as HAProxy adds it
-      [2, true, (i: number) => `192.0.2.${i}, 198.51.100.7, 203.0.113.9`],
-      [1, true, (i: number) => `2001:db8:1:2:${i}::1`], // one /64
-      [1, false, (i: number) => `2001:db8:1:${i}::1`], // others
-      [1, true, (i: number) => `198.51.100.7:${5000 + i}`], // with a port, as some proxies add it
-      [1, true, (i: number) => `[2001:db8:1:2::1]:${5000 + i}`],
+    const x = "198.51.100.7";
+    const others = [1, (i: number) => `2001:db8:1:${i}::1`] as const;
+    for (const [proxies, address] of [
+      [0, (i: number) => `192.0.2.${i}`], // no proxy is trusted: the header is nothing
+      [1, (i: number) => `192.0.2.${i}, ${x}`],
+      [1, (i: number) => `192.0.2.${i}\r\nX-Forwarded-For: ${x}`], // as HAProxy adds it
+      [2, (i: number) => `192.0.2.${i}, ${x}, 203.0.113.9`],
+      [1, (i: number) => `2001:db8:1:2:${i}::1`], // one /64
+      [1, (i: number) => `${x}:${5000 + i}`], // with a port, as some proxies add it
+      [1, (i: number) => `[2001:db8:1:2::1]:${5000 + i}`],
+      others,
     ] as const) {
       const { url } = await start({ password: "sesame", proxies });
       const statuses = [];
       for (let i = 0; i < 8; i++)
         statuses.push(await knock(url, { Authorization: "Bearer no", "X-Forwarded-For": address(i) }));
-      expect([address(1), statuses.includes(429)]).toEqual([address(1), counted]);
+      expect([address(1), statuses.includes(429)]).toEqual([address(1), address !== others[1]]);
     }
   });
 });
@@ -2051,7 +1952,7 @@ describe("a reader that does not read", () => {
   test("of pongs, pings, pages and the page itself costs no more", async () => {
     const server = await spawnServer({ CHAT_RATE: "0" });
     const ann = await Client.join(server.url);
-    ann.sendAll(100, () => "x".repeat(16_000));
+    ann.postAll(100, () => "x".repeat(16_000));
     await ann.untilMessages(100);
     const before = memoryOf(server);
     const asks = [
@@ -2075,7 +1976,7 @@ describe("a reader that does not read", () => {
     const server = await spawnServer({ CHAT_RATE: "0" });
     const ann = await Client.join(server.url);
     const { epoch } = await ann.first("hello");
-    ann.sendAll(1000, () => "x".repeat(250));
+    ann.postAll(1000, () => "x".repeat(250));
     await ann.untilMessages(1000);
     const before = memoryOf(server);
     for (let after = 1; after < 1000; after++) (await Client.join(server.url, { epoch, after })).drop();
@@ -2084,32 +1985,26 @@ describe("a reader that does not read", () => {
 });
 
 describe("a flooder", () => {
-  const post = (n: number, text: string) => rawFrame(JSON.stringify({ type: "post", key: `k${n}`, text }));
-
   test("is slowed to CHAT_RATE, but not with 0, and nothing of it is lost or changes places", async () => {
-    const long = (n: number) => `m${n}`.padEnd(16 * 1024, "x");
-    for (const [rate, plain, count, frame] of [
-      [1000, false, 12_000, (n: number) => post(n, `m${n}`)],
-      [20, true, 240, (n: number) => rawFrame(long(n))],
-      [0, false, 12_000, (n: number) => post(n, `m${n}`)],
+    for (const [rate, plain, count, length] of [
+      [1000, false, 12_000, 1],
+      [20, true, 240, 16 * 1024],
+      [0, false, 12_000, 1],
     ] as const) {
       const { url } = await start({ rate });
       const [ann, flooder] = [await Client.join(url), await Client.join(url, { plain })];
-      await flooder.flood(count, frame);
-      if (rate > 0) expect(ann.messages.length).toBeLessThan(count);
+      flooder.postAll(count, (n) => `m${n}`.padEnd(length));
+      if (rate > 0) await ann.untilMessages(1);
       else await flooder.settle(); // by then all of it was handed to the broker
-      await ann.untilMessages(count);
-      expect(textsOf(ann.messages)).toEqual(
-        plain ? numbered(1, count).map((text) => text.padEnd(16 * 1024, "x")) : numbered(1, count),
-      );
-      expectDense(ann.messages);
+      if (rate > 0) expect(ann.messages.length).toBeLessThan(count);
+      expect(textsOf(await ann.untilMessages(count))).toEqual(numbered(1, count).map((text) => text.padEnd(length)));
     }
   });
 
   test("gets its pings answered while its posts wait", async () => {
     const { url } = await start({ rate: 10 });
     const [ann, flooder] = await joinAll(url, "Ann", "Flooder");
-    await flooder.flood(5000, (n) => post(n, `m${n}`));
+    flooder.postAll(5000);
     flooder.send({ type: "ping" });
     flooder.raw(rawFrame("anybody?", 9));
     await flooder.first("pong");
@@ -2276,39 +2171,14 @@ test("Whatever a generator makes up is answered or refused, and the others see o
   const pick = <T>(from: readonly T[]): T => from[int(from.length)] as T;
   const odds = (chance: number) => random() < chance;
   const bytes = (length: number) => Buffer.from(Array.from({ length }, () => int(256)));
-  const strings = [
-    "",
-    "x",
-    " ",
-    "\0",
-    "\ud800",
-    "\udc00x",
-    "\ufeff",
-    "🙂",
-    "e\u0301",
-    "\u202e",
-    "\u2028",
-    "__proto__",
-    "a".repeat(70),
-    "團".repeat(5462),
-  ];
+  const strings =
+    ` |x||\0|\ud800|\udc00x|\ufeff|🙂|e\u0301|\u202e|\u2028|__proto__|${"a".repeat(70)}|${"團".repeat(5462)}`.split(
+      "|",
+    );
   const values =
-    `0 -1 1e999 -0 1.5 9007199254740993 1E+2 01 NaN +1 null true {} [] {"type":"post"} ["post"] {"__proto__":{"type":"ping"}}
+    `0 -1 1e999 -0 1.5 9007199254740993 1E+2 01 NaN +1 null true {} [] {"type":"post"} ["post"] {"__proto__":{}}
     "\\ud83d" "\\u0000" "\\x" "\u0001" "unfinished 'single' ${"[".repeat(3000)}${"]".repeat(3000)}`.split(/\s+/);
-  const fields = [
-    "type",
-    "key",
-    "text",
-    "before",
-    "name",
-    "seq",
-    "from",
-    "__proto__",
-    "constructor",
-    "toString",
-    "",
-    "Type",
-  ];
+  const fields = "type key text before name seq from removes __proto__ constructor toString Type".split(" ");
   const value = () => (odds(0.5) ? JSON.stringify(pick(strings)) : pick(values));
   let tried = 0;
   const json = (): string => {
@@ -2359,13 +2229,8 @@ test("Whatever a generator makes up is answered or refused, and the others see o
   for (const client of [ann, await Client.join(server.url, { name: "Bo" })]) {
     expectDense(client.messages);
     for (const { seq, at, name, text, key, ...rest } of client.messages) {
-      expect([typeof seq, typeof at, typeof name, typeof text, rest]).toEqual([
-        "number",
-        "number",
-        "string",
-        "string",
-        {},
-      ]);
+      expect([seq, at, name, text].map((each) => typeof each).join()).toBe("number,number,string,string");
+      expect(rest).toEqual({});
       expect(name.isWellFormed() && text.isWellFormed() && name.trim() === name && [...name].length <= 32).toBe(true);
       expect(Buffer.byteLength(text)).toBeLessThanOrEqual(16 * 1024);
       expect(key ?? "k").toMatch(/^[\w-]{1,64}$/);
@@ -2431,113 +2296,82 @@ async function stage(people = 9): Promise<Scene> {
   return { redis, wire, servers, all: talkers(people, servers) };
 }
 
-/** Waits until everyone was sent away, and says so. */
-async function expectClosed(all: Talker[], code: number): Promise<void> {
+/** Waits until everyone was sent away to try again. */
+async function expectClosed(all: Talker[]): Promise<void> {
   for (const { closes } of all) closes.splice(0);
   await eventually("a close of every connection", () => all.every(({ closes }) => closes.length > 0));
-  for (const { closes } of all) expect(closes[0]).toBe(code);
+  for (const { closes } of all) expect(closes[0]).toBe(1013);
 }
 
-/** What happens to Redis, to a server, or to the wire between them, while all talk; and how often. */
-const FAULTS: [what: string, times: number, fault: (scene: Scene) => Promise<unknown>][] = [
-  [
-    "a server is killed with kill -9",
-    3,
-    async ({ servers, all }) => {
-      servers[1] = await restart(servers[1], "SIGKILL", async () => void (await allTalk(all, 5)));
-    },
-  ],
-  [
-    "a server sleeps while the others talk",
-    2,
-    async ({ servers, all }) => {
-      servers[1].kill("SIGSTOP");
-      await allTalk(
-        all.filter((talker) => talker.at % 3 !== 1),
-        100,
-      );
-      servers[1].kill("SIGCONT");
-    },
-  ],
-  [
-    "Redis is killed with kill -9",
-    3,
-    async ({ redis }) => {
-      await redis.kill();
-      await redis.run();
-    },
-  ],
-  [
-    "Redis is frozen",
-    1,
-    async ({ redis, all }) => {
-      redis.signal("SIGSTOP");
-      await expectClosed(all, 1013);
-      redis.signal("SIGCONT");
-    },
-  ],
-  [
-    "Redis is full",
-    1,
-    async ({ redis, all }) => {
-      await redis.command("CONFIG", "SET", "maxmemory", "1");
-      await expectClosed(all, 1013);
-      await redis.command("CONFIG", "SET", "maxmemory", "0");
-    },
-  ],
-  [
-    "Redis is a replica for a while",
-    1,
-    async ({ redis, all }) => {
-      const master = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } }); // says nothing
-      started.push(() => master.stop(true));
-      await redis.command("REPLICAOF", "127.0.0.1", `${master.port}`);
-      await expectClosed(all, 1013);
-      await redis.command("REPLICAOF", "NO", "ONE");
-    },
-  ],
-  ["the scripts are flushed", 5, ({ redis }) => redis.command("SCRIPT", "FLUSH")],
-  ["the connections of one server to Redis are cut", 10, async ({ wire }) => wire.cut()],
-  [
-    "the connections of one server are silent for a moment, then cut",
-    3,
-    async ({ wire, all }) => {
-      wire.silence();
-      await allTalk(
-        all.filter((talker) => talker.at % 3 !== 2),
-        10,
-      );
+/** What happens, while people talk on all, to a server, to Redis, or to the wire between the two. */
+const FAULTS: Record<string, (scene: Scene) => unknown> = {
+  "a server is killed with kill -9": async ({ servers, all }) => {
+    servers[1] = await restart(servers[1], "SIGKILL", () => allTalk(all, 5));
+  },
+  "a server sleeps while the others talk": async ({ servers, all }) => {
+    servers[1].kill("SIGSTOP");
+    await allTalk(
+      all.filter(({ at }) => at % 3 !== 1),
+      100,
+    );
+    servers[1].kill("SIGCONT");
+  },
+  "Redis is killed with kill -9": async ({ redis }) => {
+    await redis.kill();
+    await redis.run();
+  },
+  "Redis is frozen": async ({ redis, all }) => {
+    redis.signal("SIGSTOP");
+    await expectClosed(all);
+    redis.signal("SIGCONT");
+  },
+  "Redis takes no writes, because it is full or a replica": async ({ redis, all }) => {
+    await redis.command("CONFIG", "SET", "maxmemory", "1");
+    await expectClosed(all);
+    await redis.command("CONFIG", "SET", "maxmemory", "0");
+    await allTalk(all, 3);
+    await redis.command("REPLICAOF", "127.0.0.1", "1"); // of a master that is not there
+    await expectClosed(all);
+    await redis.command("REPLICAOF", "NO", "ONE");
+  },
+  "the scripts are flushed": ({ redis }) => redis.command("SCRIPT", "FLUSH"),
+  "the connections of one server to Redis are cut": async ({ wire, all }) => {
+    for (let cut = 0; cut < 5; cut++) {
       wire.cut();
-      wire.speak();
-    },
-  ],
-  [
-    "the connections of one server are silent",
-    1,
-    async ({ wire, all, servers }) => {
-      const listener = await Client.join(servers[2].url);
-      wire.silence();
-      expect(await listener.end()).toBe(1013); // nobody stays on the deaf server
-      await allTalk(all, 10);
-      wire.speak();
-      const back = () => Client.join(servers[2].url).catch(() => undefined);
-      await eventually("that it takes people in again", back);
-      expect(wire.connections).toBeLessThanOrEqual(2);
-    },
-  ],
-];
+      await allTalk(all, 3);
+    }
+  },
+  "the connections of one server are silent for a moment, then cut": async ({ wire, all }) => {
+    wire.silence();
+    await allTalk(
+      all.filter(({ at }) => at % 3 !== 2),
+      10,
+    );
+    wire.cut();
+    wire.speak();
+  },
+  "the connections of one server are silent": async ({ wire, all, servers }) => {
+    const listener = await Client.join(servers[2].url);
+    wire.silence();
+    expect(await listener.end()).toBe(1013); // nobody stays on the deaf server
+    await allTalk(all, 10);
+    wire.speak();
+    await eventually("people on it again", () => Client.join(servers[2].url).catch(() => undefined));
+    expect(wire.connections).toBeLessThanOrEqual(2);
+  },
+};
 
 describe.skipIf(!REDIS_SERVER)("nothing is lost, doubled or misplaced", () => {
-  for (const [what, times, fault] of FAULTS) {
+  for (const [what, fault] of Object.entries(FAULTS)) {
     test(`while ${what}`, async () => {
       const scene = await stage();
-      for (let i = 0; i < times; i++) {
+      for (let i = 0; i < 2; i++) {
         await allTalk(scene.all, 5);
         await fault(scene);
       }
       await allTalk(scene.all, 10);
       await expectOneChat(scene.all, scene.servers);
-      if (what === "the scripts are flushed") for (const { closes } of scene.all) expect(closes).toEqual([]);
+      if (what === "the scripts are flushed") expect(scene.all.flatMap(({ closes }) => closes)).toEqual([]);
     });
   }
 
@@ -2558,23 +2392,19 @@ describe.skipIf(!REDIS_SERVER)("nothing is lost, doubled or misplaced", () => {
   });
 });
 
-/** How Redis may lose its data while all talk. */
-const LOSSES: [what: string, prepare: (redis: Redis) => unknown, lose: (redis: Redis) => unknown][] = [
-  [
-    "is started again empty",
-    () => {},
-    async (redis) => {
-      await redis.kill();
-      rmSync(join(redis.folder, "appendonlydir"), { recursive: true });
-      await redis.run();
-    },
-  ],
-  ["is flushed", () => {}, (redis) => redis.command("FLUSHALL")],
-  ["is started again with an older state", (redis) => redis.saveOnlyWhenTold(), (redis) => redis.goBack()],
-];
+/** How Redis may lose its data. */
+const LOSSES: Record<string, (redis: Redis) => unknown> = {
+  "is started again empty": async (redis) => {
+    await redis.kill();
+    rmSync(join(redis.folder, "dump.rdb"), { force: true });
+    await redis.run("--appendonly", "no");
+  },
+  "is flushed": (redis) => redis.command("FLUSHALL"),
+  "is started again with an older state": (redis) => redis.goBack(),
+};
 
 describe.skipIf(!REDIS_SERVER)("a Redis that comes back with less than it had", () => {
-  for (const [what, prepare, lose] of LOSSES) {
+  for (const [what, lose] of Object.entries(LOSSES)) {
     test(`because it ${what}: it is another log for everyone, in quiet rooms and for those who are away too`, async () => {
       const { redis, servers, all } = await stage();
       const quiet = await Promise.all(servers.map(({ url }) => Client.join(url, { room: "quiet" })));
@@ -2582,7 +2412,7 @@ describe.skipIf(!REDIS_SERVER)("a Redis that comes back with less than it had", 
       for (const client of quiet) await client.untilMessages(1);
       const away = await Client.join(servers[0].url, { room: "left" });
       await away.say("one");
-      await prepare(redis);
+      await redis.saveOnlyWhenTold();
       await away.say("two");
       await away.leave(); // no server has the room open, or remembers how far it was
       await allTalk(all, 10);
@@ -2709,13 +2539,14 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
   test("is right again after people were sent away and came back", async () => {
     const { redis, wire, servers } = await stage(0);
     const [ann] = await joinAll(servers, "Ann");
+    for (let time = 0; time < 2; time++) {
+      const cy = await Client.join(servers[2].url, { name: "Cy" });
+      for (const client of [ann, cy]) await client.sees(2, "Ann", "Cy");
+      wire.cut();
+      expect(await cy.end()).toBe(1013);
+    }
     const cy = await Client.join(servers[2].url, { name: "Cy" });
     for (const client of [ann, cy]) await client.sees(2, "Ann", "Cy");
-    wire.cut();
-    if ((await Promise.race([cy.end(), cy.settle()])) !== undefined) await cy.end();
-    const again = cy.ended ? await Client.join(servers[2].url, { name: "Cy" }) : cy;
-    await Client.join(servers[2].url, { name: "Di" });
-    for (const client of [ann, again]) await client.sees(3, "Ann", "Cy", "Di");
     await redis.command("FLUSHALL");
     ann.post("to the log that is gone");
     await ann.end();
@@ -2761,7 +2592,7 @@ describe.skipIf(!REDIS_SERVER)("in Redis", () => {
     const settings = readConfig({ REDIS_URL: redis.url, CHAT_HISTORY: "150", CHAT_RATE: "0" });
     const servers = await Promise.all([1, 2].map(() => start({ ...settings, port: 0, logLevel: "silent" })));
     const [ann, bo] = await joinAll(servers, "Ann", "Bo");
-    ann.sendAll(1170);
+    ann.postAll(1170);
     for (const client of [ann, bo]) await client.untilMessages(1170);
     for (const { url } of servers) expect(textsOf(await readLog(url))).toEqual(numbered(1021, 1170));
     expect(await exportMessages(settings, async () => {})).toBe(150);
@@ -2937,7 +2768,7 @@ describe("export and import", () => {
         await Client.join(url, { name: "安" }),
         await Client.join(url, { room: "团 a*[b]", plain: true }),
       ];
-      ann.sendAll(2500, (n) => `m${n} \0 "\n" 🙂`);
+      ann.postAll(2500, (n) => `m${n} \0 "\n" 🙂`);
       plain.send("from a plain socket");
       await ann.untilMessages(2500);
       await plain.untilTexts(1);
