@@ -6,7 +6,7 @@
  */
 import { Database } from "bun:sqlite";
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, setSystemTime, spyOn, test } from "bun:test";
-import { mkdtempSync, readdirSync, readFileSync, readlinkSync, rmSync, symlinkSync } from "node:fs";
+import { mkdtempSync, readdirSync, readFileSync, rmSync, symlinkSync } from "node:fs";
 import { type AddressInfo, connect, createServer, type Socket } from "node:net";
 import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
@@ -313,13 +313,10 @@ class Wire {
     for (const end of [...this.#ends]) end.destroy();
   }
 
-  /** Loses the next notification of Redis that holds this text, and nothing else. */
-  lose(text: string): void {
+  /** Loses the next notification of Redis that holds this text, and nothing else; resolves when it did. */
+  async lose(text: string): Promise<void> {
     this.#lost = text;
-  }
-
-  get hasLost(): boolean {
-    return this.#lost === undefined;
+    await eventually("a notification to lose", () => this.#lost === undefined);
   }
 
   #withoutLost(data: Buffer): Buffer {
@@ -893,15 +890,15 @@ const TEXTS =
 describeStore("a plain socket", (make) => {
   test("receives exactly what is sent, byte for byte, its own texts too", async () => {
     const { url } = await start((await make()).config);
-    const [ann, bo] = [await Client.join(url, { plain: true }), await Client.join(url, { plain: true })];
-    bo.send("joined"); // it is told nothing: its own text says that it is in the room
-    await bo.untilTexts(1);
-    for (const text of TEXTS) ann.send(text);
-    for (const client of [ann, bo]) {
+    const hosts = ["localhost", "127.0.0.1", "[::1]"].map((host) => url.replace("localhost", host));
+    const clients = await Promise.all(hosts.map((host) => Client.join(host, { plain: true })));
+    for (const client of clients) await client.say("in"); // it is told nothing else that says that it is in the room
+    for (const text of TEXTS) clients[0]!.send(text);
+    for (const client of clients) {
       await client.until("the end", () => client.texts.at(-1) === "end");
-      expect(client.texts.filter((text) => text !== "joined")).toEqual(TEXTS);
+      expect(client.texts.filter((text) => text !== "in")).toEqual(TEXTS);
     }
-    expect(textsOf(await readLog(url))).toEqual(["joined", ...TEXTS]);
+    expect(textsOf(await readLog(url))).toEqual(["in", "in", "in", ...TEXTS]);
   });
 
   test("receives nothing else, whatever the others do", async () => {
@@ -936,14 +933,6 @@ describeStore("a plain socket", (make) => {
     expect(said).toEqual(["Ann: thanks k", "Guest: hello undefined", "bot: built undefined"]);
     expect(textsOf(messages)).toEqual(await plain.untilTexts(3));
   });
-});
-
-test("The chat is reached by localhost, 127.0.0.1 and [::1].", async () => {
-  const { url } = await start();
-  const hosts = ["localhost", "127.0.0.1", "[::1]"].map((host) => url.replace("localhost", host));
-  const clients = await Promise.all(hosts.map((host) => Client.join(host, { plain: true })));
-  for (const [i, client] of clients.entries()) client.send(`from ${i}`);
-  for (const client of clients) expect((await client.untilTexts(3)).toSorted()).toEqual(["from 0", "from 1", "from 2"]);
 });
 
 // ─── The dialect chat.v1 ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -984,13 +973,17 @@ describe("a chat.v1 client", () => {
     expect(await readLog(url)).toHaveLength(1);
   });
 
-  test("sees its post with seq, time, name and key, and nothing more", async () => {
+  test("sees its post with seq, time, name and key, and nothing more, in the room as in the log", async () => {
     const { url } = await start();
     const ann = await Client.join(url, { name: "  Ann  " });
     const before = Date.now();
     const { at, ...rest } = await ann.say("hi", "k-1");
     expect(rest).toEqual({ seq: 1, name: "Ann", text: "hi", key: "k-1" });
     expect(at).toBeWithin(before, Date.now() + 1);
+    for (const [i, text] of ["a\ud800b", "\udfff", "a\0b", "\ufeffx", "__proto__"].entries()) ann.post(text, `k${i}`);
+    const seen = await ann.untilMessages(6);
+    expect(textsOf(seen).slice(1)).toEqual(["a\ufffdb", "\ufffd", "a\0b", "\ufeffx", "__proto__"]);
+    expect(await readLog(url)).toEqual(seen);
   });
 
   test("gets the newest hundred messages, and older ones by pages", async () => {
@@ -998,6 +991,7 @@ describe("a chat.v1 client", () => {
     const ann = await Client.join(url);
     ann.postAll(250);
     await ann.untilMessages(250);
+    expect(ann.all("messages").length).toBeLessThan(100); // what is stored together comes in one frame
     const bo = await Client.join(url);
     const { first, last, messages } = await bo.first("hello");
     expect([first, last, messages.length, messages[0]?.seq]).toEqual([1, 250, 100, 151]);
@@ -1067,24 +1061,6 @@ describe("a chat.v1 client", () => {
     const errors = ann.all("error").map(({ code, key }) => `${code} ${key}`);
     expect(errors).toEqual(["empty empty", "too-long long", "bad-key undefined", "bad-key undefined"]);
     for (const { text } of ann.all("error")) expect(text).toMatch(/^[A-Z].+[.]$/);
-  });
-
-  test("sees the same text in the room as in the log, lone surrogates and NUL included", async () => {
-    const { url } = await start();
-    const ann = await Client.join(url);
-    for (const [i, text] of ["a\ud800b", "\udfff", "a\0b", "\ufeffx", "__proto__"].entries()) ann.post(text, `k${i}`);
-    const seen = await ann.untilMessages(5);
-    expect(textsOf(seen)).toEqual(["a\ufffdb", "\ufffd", "a\0b", "\ufeffx", "__proto__"]);
-    expect(await readLog(url)).toEqual(seen);
-  });
-
-  test("gets the posts of one tick in one frame", async () => {
-    const { url } = await start();
-    const [ann, bo] = await joinAll(url, "Ann", "Bo");
-    ann.postAll(20);
-    await bo.untilMessages(20);
-    expect(bo.all("messages").length).toBeLessThan(20);
-    expectDense(bo.messages);
   });
 });
 
@@ -1328,33 +1304,16 @@ describeStore("one order", (make) => {
   });
 });
 
-test("Bun's publish and send of one tick arrive in the order of the calls, small frames and large.", async () => {
-  // What the order of hello, messages and acks rests on: it is Bun's, so it is pinned here.
-  const server = Bun.serve({
-    port: 0,
-    fetch: (request, server) => (server.upgrade(request) ? undefined : new Response()),
-    websocket: {
-      open: (ws) => void ws.subscribe("t"),
-      message: (ws) => {
-        for (const size of [1, 20_000, 3, 70_000, 5]) {
-          server.publish("t", "p".repeat(size));
-          ws.send("s".repeat(size));
-        }
-      },
-    },
-  });
-  started.push(() => server.stop(true));
-  const client = await Client.connect(`${server.url}`, { plain: true });
-  client.send("go");
-  const got = (await client.untilTexts(10)).map((text) => `${text[0]}${text.length}`);
-  expect(got).toEqual(["p1", "s1", "p20000", "s20000", "p3", "s3", "p70000", "s70000", "p5", "s5"]);
-});
-
 describeStore("seen means stored", (make) => {
-  test("a server killed under load again and again, or stopped, loses nothing that anyone saw", async () => {
+  test("clients that are cut, and a server that is killed or stopped under load, lose nothing that anyone saw", async () => {
     let server = await spawnServer({ ...(await make()).env, CHAT_RATE: "0" });
     const { url } = server;
     const all = talkers(8, [{ url }], "", 0);
+    const random = randomFrom(7);
+    for (let cut = 0; cut < 20; cut++) {
+      await all[Math.floor(random() * 8)]!.talks(Math.floor(random() * 8));
+      all[Math.floor(random() * 8)]!.cut();
+    }
     for (const signal of ["SIGKILL", "SIGTERM", "SIGKILL", "SIGTERM", "SIGKILL", "SIGKILL"] as const) {
       await allTalk(all, 20);
       for (const { closes } of all) closes.splice(0);
@@ -1466,20 +1425,6 @@ describeStore("resume", (make) => {
     expect([epochs[1] === epochs[0], epochs[2] === epochs[0]]).toEqual([true, false]);
   });
 
-  test("a client cut at random, again and again, here and on another server, ends with exactly the log", async () => {
-    const servers = await startServers(await make());
-    const random = randomFrom(7);
-    const all = talkers(6, servers, "", 0);
-    for (let cut = 0; cut < 40; cut++) {
-      const talker = all[Math.floor(random() * all.length)] as Talker;
-      await talker.talks(Math.floor(random() * 8));
-      talker.cut();
-    }
-    await allTalk(all, 5);
-    await expectOneChat(all, servers);
-    for (const { records } of all) expect(records).toHaveLength(1);
-  });
-
   test("a client that joins while others talk misses nothing between hello and the first message", async () => {
     const servers = await startServers(await make());
     await allTalk(talkers(3, servers, "", 0), 1);
@@ -1589,21 +1534,6 @@ describe("the SQLite store", () => {
     first.kill("SIGKILL");
     await first.exited;
     expect(textsOf(await readLog((await start({ db: used })).url))).toEqual(["mine"]); // a dead server's lock is none
-  });
-
-  test("starts though somebody looks at its lock for a moment, as a second server does", async () => {
-    const file = newFile();
-    using other = new Database(`${file}-lock`);
-    other.run("CREATE TABLE looked (at)");
-    other.run("BEGIN");
-    other.query("SELECT * FROM looked").all();
-    const server = spawn({ CHAT_DB: file });
-    const open = () => readdirSync(`/proc/${server.pid}/fd`).map((fd) => readlinkSync(`/proc/${server.pid}/fd/${fd}`));
-    const asks = () => server.exitCode !== null || open().includes(`${file}-lock`);
-    await eventually("the server at the lock", () => Promise.try(asks).catch(() => false)); // a file may close meanwhile
-    other.run("COMMIT");
-    const { value } = await within(server.stdout.getReader().read(), "what it says");
-    expect(new TextDecoder().decode(value)).toStartWith("The chat is open");
   });
 
   test("locked by another program acks nothing, closes with 1013, and works again by itself", async () => {
@@ -1809,17 +1739,15 @@ describe("a password", () => {
 
   test("that was changed ends the old cookies, a restart does not", async () => {
     const db = newFile();
-    let Cookie = "";
-    for (const [password, status] of [
-      ["old", undefined],
-      ["new", 401],
-      ["old", 101],
-    ] as const) {
+    const statuses: unknown[] = [];
+    let Cookie: string | undefined;
+    for (const password of ["old", "new", "old"]) {
       const { url, stop } = await start({ password, db });
-      if (status) expect(await knock(url, { Cookie })).toBe(status);
-      else Cookie = cookieOf(await login(url, password));
+      Cookie ??= cookieOf(await login(url, password));
+      statuses.push(await knock(url, { Cookie }));
       await stop();
     }
+    expect(statuses).toEqual([101, 401, 101]);
   });
 
   test("is not tried from pages of other origins", async () => {
@@ -1843,21 +1771,6 @@ describe("a password", () => {
     expect(await knock(url, headers)).toBe(429);
     expect(await (await Client.connect(url, { headers })).end()).toBe(4401);
     expect((await login(url, "sesame", from("192.0.2.2"))).status).toBe(204);
-  });
-
-  test("guessed a thousand times leaves a server that answers, and those who are in", async () => {
-    const server = await spawnServer({ CHAT_PASSWORD: "sesame", CHAT_PROXIES: "1" });
-    const ann = await Client.join(server.url, {
-      headers: { Authorization: "Bearer sesame", "X-Forwarded-For": "192.0.2.99" },
-    });
-    const guess = (i: number) =>
-      login(server.url, "x".repeat(2000), { "X-Forwarded-For": `10.0.${i >> 8}.${i & 255}` });
-    const before = memoryOf(server);
-    for (let i = 0; i < 1000; i += 100) await Promise.all(Array.from({ length: 100 }, (_, k) => guess(i + k)));
-    const same = await Promise.all(Array.from({ length: 200 }, () => guess(0)));
-    expect(same.filter(({ status }) => status === 429).length).toBeGreaterThan(190);
-    await ann.settle();
-    expect(memoryOf(server) - before).toBeLessThan(64);
   });
 
   test("is counted by the address that the trusted proxies saw, whatever the client made up", async () => {
@@ -1909,10 +1822,8 @@ describe("with a certificate", () => {
       [none, one.key],
       [one.cert, none],
       [one.key, one.key],
-      [one.cert, one.cert],
       [FOLDER, FOLDER],
-      [one.cert, ""],
-      ["", one.key],
+      [one.cert],
     ];
     const ends = await Promise.all(cases.map(([TLS_CERT = "", TLS_KEY = ""]) => run({ TLS_CERT, TLS_KEY })));
     for (const { code, said } of ends) {
@@ -1970,17 +1881,6 @@ describe("a reader that does not read", () => {
       for (const reader of readers) reader.drop();
     }
     expect(memoryOf(server) - before).toBeLessThan(96);
-  });
-
-  test("of a thousand resumed hellos, each another, leaves no memory behind", async () => {
-    const server = await spawnServer({ CHAT_RATE: "0" });
-    const ann = await Client.join(server.url);
-    const { epoch } = await ann.first("hello");
-    ann.postAll(1000, () => "x".repeat(250));
-    await ann.untilMessages(1000);
-    const before = memoryOf(server);
-    for (let after = 1; after < 1000; after++) (await Client.join(server.url, { epoch, after })).drop();
-    expect(memoryOf(server) - before).toBeLessThan(140);
   });
 });
 
@@ -2045,7 +1945,6 @@ describe("a broken handshake", () => {
     const good = handshake(server.url);
     const without = (header: RegExp) => good.replace(header, "");
     const room = (path: string) => good.replace("/ws/?", `/ws/${path}`);
-    const body = "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n";
     const ours: [what: string, request: string, status: number][] = [
       ["version 8", good.replace("Version: 13", "Version: 8"), 426],
       ["no version", without(/Sec-WebSocket-Version.*\r\n/), 426],
@@ -2063,14 +1962,9 @@ describe("a broken handshake", () => {
       ["a page from a Host that is none", "GET / HTTP/1.1\r\nHost: %zz\r\n\r\n", 400],
     ];
     const bun: typeof ours = [
-      ["POST", good.replace("GET", "POST"), 400],
-      ["no Host", without(/Host: .*\r\n/), 400],
       ["garbage", "\x16\x03\x01\x02\x00\x01\xff\r\n\r\n", 400],
       ["huge headers", good.replace("Host:", `X: ${"x".repeat(200_000)}\r\nHost:`), 431],
-      ["a huge path", room("x".repeat(200_000)), 431],
-      ["a thousand headers", good.replace("Host:", `${"X: x\r\n".repeat(1000)}Host:`), 431],
-      ["two lengths", `${body}Content-Length: 6\r\n\r\nhello`, 400],
-      ["a length and chunks", `${body}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n`, 400],
+      ["two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400],
     ];
     for (const [what, request, status] of [...ours, ...bun]) {
       const client = await Client.open(server.url);
@@ -2118,7 +2012,6 @@ describe("a broken frame", () => {
       ["a fragmented ping", 1002, rawFrame("x", 9, { fin: false })],
       ["a ping of 126 bytes", 1002, rawFrame("x".repeat(126), 9)],
       ["a continuation of nothing", 1002, rawFrame(text, 0)],
-      ["a text inside a text", 1002, rawFrame("a", 1, { fin: false }), rawFrame(text)],
       ["binary", 1003, rawFrame(text, 2)],
       ["no UTF-8", 1007, rawFrame(Buffer.from([0x22, 0xff, 0x22]))],
       [
@@ -2148,19 +2041,6 @@ describe("a broken frame", () => {
     }
     await ann.say("still here");
     expect(textsOf(ann.messages)).toEqual(["still here"]);
-  });
-
-  test("that only looks like one is understood: fragments with a ping between, UTF-8 cut in two, long forms of short lengths", async () => {
-    const { url } = await start();
-    const plain = await Client.join(url, { plain: true });
-    const [first, ...rest] = Buffer.from("团队🙂");
-    plain.raw(rawFrame(Buffer.from([first!]), 1, { fin: false }));
-    plain.raw(rawFrame("between", 9));
-    for (const byte of rest) plain.raw(rawFrame(Buffer.from([byte]), 0, { fin: false }));
-    plain.raw(rawFrame("", 0));
-    plain.raw(rawFrame("unasked", 10));
-    plain.raw(Buffer.concat([Buffer.from([0x81, 0xff, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0]), Buffer.from("hi")]));
-    expect([await plain.untilTexts(2), plain.control]).toEqual([["团队🙂", "hi"], [[10, "between"]]]);
   });
 });
 
@@ -2380,8 +2260,7 @@ describe.skipIf(!REDIS_SERVER)("nothing is lost, doubled or misplaced", () => {
     await allTalk(all, 3);
     const listener = await Client.join(servers[2].url);
     const { epoch } = await listener.first("hello");
-    wire.lose('"text of t');
-    await eventually("the loss", () => wire.hasLost);
+    await wire.lose('"text of t');
     expect(await listener.end()).toBe(1013);
     const back = await Client.join(servers[2].url, { epoch, after: listener.messages.at(-1)!.seq });
     expect((await back.first("hello")).resumed).toBe(true);
@@ -2433,21 +2312,6 @@ describe.skipIf(!REDIS_SERVER)("a Redis that comes back with less than it had", 
       }
     });
   }
-
-  test("takes no post of a client that waits for the old log, and gives nobody a hello of old and new", async () => {
-    const redis = await ownRedis();
-    const { url } = await start({ redisUrl: redis.url });
-    const ann = await Client.join(url);
-    for (const text of ["one", "two", "three"]) await ann.say(text);
-    const { epoch } = await ann.first("hello");
-    await redis.command("FLUSHALL");
-    const bo = await Client.connect(url, { epoch, after: 1 });
-    ann.post("four");
-    expect(await ann.end()).toBe(1013);
-    await bo.until("a hello or the end", () => bo.ended || bo.frames.length > 0);
-    for (const { epoch: of, messages } of bo.all("hello")) expect([of === epoch, messages]).toEqual([false, []]);
-    expect(textsOf(await readLog(url))).toEqual([]);
-  });
 });
 
 describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
@@ -2642,24 +2506,11 @@ describe("an operator", () => {
     expect(hosts).toEqual(["::1", "::1", "localhost"]);
     const config = readConfig({ PORT: "", CHAT_ORIGINS: " https://A.example:443 , b.example:8443,*" });
     expect(Object.isFrozen(config)).toBe(true);
-    expect(config).toEqual({
-      port: 8080,
-      host: "",
-      db: "chat.sqlite",
-      sync: "full",
-      history: 10000,
-      redisUrl: "",
-      prefix: "chat:",
-      idleDays: 30,
-      rate: 20,
-      password: "",
-      proxies: 0,
-      tlsCert: "",
-      tlsKey: "",
-      reusePort: false,
-      origins: ["https://a.example", "b.example:8443", "*"],
-      logLevel: "info",
-    });
+    const values = Object.entries(config).map(([name, value]) => `${name}=${value}`);
+    expect(values.toSorted().join(" ")).toBe(
+      "db=chat.sqlite history=10000 host= idleDays=30 logLevel=info origins=https://a.example,b.example:8443,* " +
+        "password= port=8080 prefix=chat: proxies=0 rate=20 redisUrl= reusePort=false sync=full tlsCert= tlsKey=",
+    );
   });
 
   test("who embeds the chat is told by an error why it does not start", async () => {
@@ -2679,26 +2530,19 @@ describe("an operator", () => {
   test("sees at each LOG_LEVEL what it is for, and no sign that a terminal obeys", async () => {
     const printed = spyOn(console, "log").mockImplementation(() => {});
     started.push(() => printed.mockRestore());
-    for (const [logLevel, lines] of [
-      ["silent", 0],
-      ["error", 0],
-      ["info", 2],
-      ["debug", 3],
-    ] as const) {
+    for (const [logLevel, ...lines] of [
+      ["silent"],
+      ["error"],
+      ["info", / joined the lobby [(]Ann[)]$/, / left the lobby [(]1005[)]$/],
+      ["debug", / joined /, /^the lobby #1 Ann: "a\\nb\\u{9b}c\\u{202e}d\\u{2028}e"$/, / left /],
+    ] as [Config["logLevel"], ...RegExp[]][]) {
       printed.mockClear();
       const chat = await start({ logLevel });
       const ann = await Client.join(chat.url, { name: "Ann" });
       await ann.say("a\nb\u009bc\u202ed\u2028e");
       await ann.leave();
       await chat.stop();
-      const logged = printed.mock.calls.map(([line]) => `${line}`);
-      expect([logLevel, logged.length]).toEqual([logLevel, lines]);
-      if (lines > 0)
-        expect([logged[0], logged.at(-1)]).toEqual([
-          expect.stringContaining(" joined the lobby (Ann)"),
-          expect.stringContaining(" left the lobby (1005)"),
-        ]);
-      if (lines === 3) expect(logged[1]).toBe('the lobby #1 Ann: "a\\nb\\u{9b}c\\u{202e}d\\u{2028}e"');
+      expect(printed.mock.calls).toEqual(lines.map((line) => [expect.stringMatching(line)]));
     }
   });
 
