@@ -362,13 +362,15 @@ interface ClientOptions {
   room?: string;
   name?: string;
   plain?: boolean;
+  /** The value of the cookie that makes its ids. */
+  me?: string;
   epoch?: string;
   after?: number;
   headers?: Record<string, string>;
 }
 
 /** The handshake of a client as bytes; a test may change it. */
-function handshake(url: string, { room = "", plain, headers = {}, ...query }: ClientOptions = {}): string {
+function handshake(url: string, { room = "", plain, me, headers = {}, ...query }: ClientOptions = {}): string {
   const asked = new URLSearchParams(Object.entries(query).map(([name, value]): [string, string] => [name, `${value}`]));
   const lines = {
     Host: new URL(url).host,
@@ -377,6 +379,7 @@ function handshake(url: string, { room = "", plain, headers = {}, ...query }: Cl
     "Sec-WebSocket-Version": "13",
     "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
     ...(plain ? {} : { "Sec-WebSocket-Protocol": "chat.v1" }),
+    ...(me ? { Cookie: `chat-me=${me}` } : {}),
     ...headers,
   };
   const head = Object.entries(lines).map(([name, value]) => `${name}: ${value}\r\n`);
@@ -619,6 +622,11 @@ function table(text: string): string[][] {
 /** The names in a presence frame, in order. */
 function namesIn({ people }: Frame<"presence">): string[] {
   return people.map(({ name }) => name).toSorted();
+}
+
+/** The id that the cookie of somebody makes in a room. */
+function idOf(me: string, room = ""): string {
+  return new Bun.CryptoHasher("sha256").update(`${me}\n${room}`).digest("base64url").slice(0, 12);
 }
 
 /** One client for each name, spread over servers if there are several. */
@@ -1084,18 +1092,13 @@ null
 42
 []
 {"type":null}
-{"type":"constructor"}
 {"type":"__proto__"}
-{"type":"hello"}
 {"type":"post","key":"k"}
-{"type":"post","text":"x"}
 {"type":"post","key":1,"text":"x"}
 {"type":"post","key":"k","text":{"a":1}}
 {"type":"post","key":"k","text":"x","from":"somebodyElse"}
 {"type":"post","key":"k","text":"x","__proto__":{}}
 {"type":"page","before":"1"}
-{"type":"page","before":0}
-{"type":"page","before":1.5}
 {"type":"page","before":1e400}
 {"type":"name","name":null}
 {"type":"remove","key":"k","seq":0}
@@ -1130,31 +1133,18 @@ describe("a malformed frame", () => {
 
 // ─── Who is who, and taking back ─────────────────────────────────────────────────────────────────────────────────────
 
-/** Headers of a browser that has been here before, or of a program that brings a cookie of its own. */
-function newcomer(): { Cookie: string } {
-  return { Cookie: `chat-me=${Buffer.from(crypto.getRandomValues(new Uint8Array(16))).toString("hex")}` };
-}
-
-/** The id that a cookie makes in a room. */
-function idOf({ Cookie }: { Cookie: string }, room = ""): string {
-  const secret = `${Cookie.slice("chat-me=".length)}\n${room}`;
-  return new Bun.CryptoHasher("sha256").update(secret).digest("base64url").slice(0, 12);
-}
-
 test("A browser gets a cookie with the page, when it has none: also with a 304, and only then.", async () => {
   const { url } = await start();
   const etag = (await fetch(url)).headers.get("etag") as string;
   const set = async (headers: Record<string, string>) =>
     (await fetch(`${url}team`, { headers })).headers.getSetCookie();
-  const cookies = [
-    ...(await set({})),
-    ...(await set({ "If-None-Match": etag })),
-    ...(await set({ Cookie: "other=1" })),
-  ];
-  for (const cookie of cookies) {
+  const cookies = await Promise.all(
+    [{}, { "If-None-Match": etag }, { Cookie: "other=1" }].map((headers) => set(headers as {})),
+  );
+  for (const [cookie] of cookies) {
     expect(cookie).toMatch(/^chat-me=[0-9a-f]{32}; Path=\/; Max-Age=31536000; HttpOnly; SameSite=Lax$/);
   }
-  expect(new Set(cookies).size).toBe(3);
+  expect(new Set(cookies.flat()).size).toBe(3);
   expect(await set({ Cookie: `other=1; ${cookieOf(await fetch(url))}` })).toEqual([]);
 });
 
@@ -1162,48 +1152,43 @@ describeStore("an id", (make) => {
   test("is the same for a cookie on each server and after a restart, another in each room, and none without", async () => {
     const store = await make();
     const servers = await startServers(store);
-    const headers = newcomer();
+    const idsIn = async (url: string, options: ClientOptions) => {
+      const client = await Client.join(url, options);
+      return [(await client.first("hello")).you, (await client.say(crypto.randomUUID())).from];
+    };
     for (const { url } of servers) {
-      for (const room of ["", "team"]) {
-        const ann = await Client.join(url, { headers, room });
-        expect([(await ann.first("hello")).you, (await ann.say(`at ${url}`)).from]).toEqual(
-          Array(2).fill(idOf(headers, room)),
-        );
-      }
-      const bot = await Client.join(url);
-      expect([(await bot.first("hello")).you, (await bot.say(`bot at ${url}`)).from]).toEqual([undefined, undefined]);
+      for (const room of ["", "team"])
+        expect(await idsIn(url, { me: "ann", room })).toEqual([idOf("ann", room), idOf("ann", room)]);
+      expect(await idsIn(url, {})).toEqual([undefined, undefined]);
     }
     await (servers[0] as Chat).stop();
     const { url } = await start(store.config);
-    expect((await (await Client.join(url, { headers })).first("hello")).you).toBe(idOf(headers));
-    expect((await readLog(url))[0]!.from).toBe(idOf(headers));
+    expect((await readLog(url))[0]!.from).toBe(idOf("ann"));
+    expect((await idsIn(url, { me: "ann" }))[0]).toBe(idOf("ann"));
   });
 
   test("tells two people of one name apart, and counts a person with two tabs once, on all servers", async () => {
     const servers = await startServers(await make());
-    const [ann, eve] = [newcomer(), newcomer()];
     const join = (i: number, options: ClientOptions) => Client.join(servers[i % servers.length]!.url, options);
-    const first = await join(0, { name: "Ann", headers: ann });
-    const others = [
-      await join(1, { name: "Ann", headers: ann }),
-      await join(1, { name: "Ann", headers: eve }),
+    const ann = { name: "Ann", me: "ann" };
+    const clients = [
+      await join(0, ann),
+      await join(1, ann),
+      await join(1, { name: "Ann", me: "eve" }),
       await join(0, { name: "Bot" }),
       await join(1, { name: "Bot" }),
     ];
     await join(1, { plain: true });
-    for (const client of [first, ...others]) {
+    for (const client of clients) {
       await client.sees(5, "Ann", "Ann", "Bot", "Bot");
-      const people = client
+      const ids = client
         .all("presence")
         .at(-1)!
-        .people.map(({ name, from }) => `${name} ${from}`);
-      expect(people.toSorted()).toEqual(
-        [`Ann ${idOf(ann)}`, `Ann ${idOf(eve)}`, "Bot undefined", "Bot undefined"].toSorted(),
-      );
+        .people.map(({ from }) => from);
+      expect(new Set(ids)).toEqual(new Set([idOf("ann"), idOf("eve"), undefined]));
     }
-    await first.leave();
-    await others[3]!.leave();
-    await others[1]!.sees(4, "Ann", "Ann", "Bot");
+    for (const client of [clients[0]!, clients[4]!]) await client.leave();
+    await clients[1]!.sees(4, "Ann", "Ann", "Bot");
   });
 });
 
@@ -1213,82 +1198,75 @@ async function contentOf({ db, redisUrls, prefix }: Partial<Config>): Promise<st
   if (db) return files.map((file) => readFileSync(join(FOLDER, file), "utf8")).join();
   const redis = new Bun.RedisClient(redisUrls?.[0]);
   const reads: Record<string, string[]> = { list: ["LRANGE", "0", "-1"], hash: ["HGETALL"], string: ["GET"] };
-  const contents: unknown[] = [];
+  let content = "";
   for (const key of (await redis.send("KEYS", [`${prefix}*`])) as string[]) {
     const [read = "", ...range] = reads[(await redis.send("TYPE", [key])) as string] ?? [];
-    contents.push(await redis.send(read, [key, ...range]));
+    content += await redis.send(read, [key, ...range]);
   }
   redis.close();
-  return JSON.stringify(contents);
+  return content;
 }
 
 describeStore("what was taken back", (make) => {
   test("is gone from the log, every page, resume and export, and from the store itself", async () => {
     const store = await make();
     const servers = await startServers(store);
-    const headers = newcomer();
-    const ann = await Client.join(servers[0]!.url, { name: "Ann", headers });
-    const bo = await Client.join(servers.at(-1)!.url, { name: "Bo", headers: newcomer() });
+    const ann = await Client.join(servers[0]!.url, { name: "Ann", me: "ann" });
+    const bo = await Client.join(servers.at(-1)!.url);
     const plain = await Client.join(servers[0]!.url, { plain: true });
     const { epoch } = await ann.first("hello");
-    const said = await ann.say("a secret", "k1");
+    const { at, ...said } = await ann.say("a secret", "k1");
     for (const key of ["r1", "r1", "r2"]) ann.send({ type: "remove", key, seq: 1 });
-    const entry = (await bo.untilMessages(2))[1];
-    expect(entry).toEqual({
-      seq: 2,
-      at: expect.any(Number),
-      name: "Ann",
-      from: idOf(headers),
-      text: "",
-      removes: 1,
-      key: "r1",
-    });
-    await ann.nth("ack", 2);
-    expect(ann.all("ack").map(({ key }) => key)).toEqual(["r1", "r2"]);
-    const log = [{ ...said, text: "", removed: true }, entry];
+    const { at: removedAt, ...entry } = (await bo.untilMessages(2))[1] as Message;
+    expect(entry).toEqual({ seq: 2, name: "Ann", from: idOf("ann"), text: "", removes: 1, key: "r1" });
+    ann.post("a secret", "k1"); // sent again, it does not come back
+    await ann.nth("ack", 3);
+    expect(ann.all("ack").map(({ key }) => key)).toEqual(["r1", "r2", "k1"]);
+    const log: Message[] = [
+      { ...said, at, text: "", removed: true },
+      { ...entry, at: removedAt },
+    ];
     for (const { url } of servers) {
-      expect(await readLog(url)).toEqual(log as Message[]);
       const again = await Client.join(url, { epoch, after: 0 });
       again.send({ type: "page", before: 3 });
-      expect([again.messages, (await again.first("page")).messages]).toEqual([log, log] as Message[][]);
+      expect([await readLog(url), again.messages, (await again.first("page")).messages]).toEqual([log, log, log]);
     }
-    ann.post("a secret", "k1"); // it was said once: sent again, it does not come back
-    await ann.nth("ack", 3);
-    await ann.say("after", "k2");
-    expect(await plain.untilTexts(2)).toEqual(["a secret", "after"]); // there it was said before; the entry is not told
+    await ann.say("after");
+    expect(await plain.untilTexts(2)).toEqual(["a secret", "after"]); // the entry is no text
     const lines = await exported(store.config);
+    expect(lines.slice(0, 2).map(({ room, ...message }) => message)).toEqual(log);
     await (servers[0] as Chat).stop();
-    expect(lines.slice(0, 2)).toEqual(log.map((message) => ({ room: "", ...message }) as Message & { room: string }));
-    expect(await contentOf(store.config)).not.toContain("a secret");
-    expect(await contentOf(store.config)).toContain("after");
+    const content = await contentOf(store.config);
+    expect([content.includes("a secret"), content.includes("after")]).toEqual([false, true]);
     const { config } = await make();
     await importMessages({ ...readConfig({}), ...config }, lines.map((line) => JSON.stringify(line)).join("\n"));
-    expect((await readLog((await start(config)).url)).slice(0, 2)).toEqual(log as Message[]);
+    expect((await readLog((await start(config)).url)).slice(0, 2)).toEqual(log);
   });
 
-  test("was one's own: not somebody else's, nor anybody's who has no id, nor a message that is not kept", async () => {
-    const { url } = await start({ ...(await make()).config, history: 2, rate: 0 });
-    const [ann, eve] = [
-      await Client.join(url, { headers: newcomer() }),
-      await Client.join(url, { headers: newcomer() }),
+  test("was one's own, or the operator took it: not somebody without an id, nor a message that is not kept", async () => {
+    const { url } = await start({ ...(await make()).config, history: 2, operator: "open wide" });
+    const [ann, eve, bot] = [
+      await Client.join(url, { me: "ann" }),
+      await Client.join(url, { me: "eve" }),
+      await Client.join(url),
     ];
-    const bot = await Client.join(url);
+    const host = await Client.join(url, { name: "Host", headers: { Authorization: "Bearer open wide" } });
     for (const [n, client] of [ann, ann, bot].entries()) await client.say(`said ${n}`);
-    const attempts: [Client, number, string][] = [
-      [eve, 2, "not-yours"],
-      [bot, 2, "not-yours"],
-      [eve, 3, "not-yours"],
-      [bot, 3, "not-yours"],
-      [ann, 1, "gone"],
-      [ann, 4, "gone"],
+    const attempts: [Client, code: string, ...seqs: number[]][] = [
+      [eve, "not-yours", 2, 3],
+      [bot, "not-yours", 2, 3],
+      [ann, "gone", 1, 4],
+      [host, "gone", 1, 4],
     ];
-    for (const [client, seq] of attempts) client.send({ type: "remove", key: "r", seq });
-    for (const client of [ann, eve, bot]) {
+    for (const [client, code, ...seqs] of attempts) {
+      for (const seq of seqs) client.send({ type: "remove", key: "r", seq });
       await client.nth("error", 2);
-      const answers = client.all("error").map(({ code, key }) => `${code} ${key}`);
-      expect(answers).toEqual(attempts.filter(([of]) => of === client).map(([, , code]) => `${code} r`));
+      for (const error of client.all("error")) expect([error.code, error.key]).toEqual([code as "gone", "r"]);
     }
     expect(textsOf(await readLog(url))).toEqual(["said 1", "said 2"]);
+    host.send({ type: "remove", key: "r", seq: 3 });
+    expect((await ann.untilMessages(4))[3]).toMatchObject({ seq: 4, name: "Host", text: "", removes: 3, key: "r" });
+    expect(textsOf(await readLog(url))).toEqual(["", ""]);
   });
 });
 
@@ -1331,7 +1309,6 @@ class Talker {
   #client: Client | undefined;
   #stopped = false;
   #sent = 0;
-  readonly #headers = newcomer();
   /** Of this log, the newest that they have taken back. */
   #removed = 0;
 
@@ -1361,7 +1338,7 @@ class Talker {
   async #visit(url: string): Promise<void> {
     const { room, name } = this;
     const resume = this.records.length === 0 ? {} : { epoch: this.records.at(-1)?.epoch, after: this.last };
-    const client = await Client.connect(url, { room, name, headers: this.#headers, ...resume });
+    const client = await Client.connect(url, { room, name, me: name, ...resume });
     this.#client = client;
     for (const frame of client.frames) this.#take(frame);
     client.onframe = (frame) => this.#take(frame);
@@ -1378,7 +1355,7 @@ class Talker {
   async #talk(client: Client): Promise<void> {
     if (this.talking && this.outbox.size < 3) {
       const key = `${this.name}-${this.#sent++}`;
-      const own = idOf(this.#headers, this.room);
+      const own = idOf(this.name, this.room);
       const last =
         this.#sent % 4 === 0 && this.records.at(-1)?.messages.findLast(({ from, text }) => from === own && text);
       const removes = last && last.seq > this.#removed ? (this.#removed = last.seq) : 0;
@@ -1541,19 +1518,7 @@ describeStore("once", (make) => {
     expect(await bo.first("ack")).toEqual({ type: "ack", key: "k", seq: 1 });
     await bo.say("next");
     expect(textsOf(await readLog(servers[0]!.url))).toEqual(["hi", "next"]);
-  });
-
-  test("a post sent again after a restart is stored once; in another room it is another post", async () => {
-    const { config } = await make();
-    const before = await start(config);
-    await (await Client.join(before.url)).say("hi", "k");
-    await before.stop();
-    const { url } = await start(config);
-    const again = await Client.join(url);
-    again.post("hi", "k");
-    expect(await again.first("ack")).toEqual({ type: "ack", key: "k", seq: 1 });
-    expect(await readLog(url)).toHaveLength(1);
-    await (await Client.join(url, { room: "other" })).say("hi", "k");
+    await (await Client.join(servers[0]!.url, { room: "other" })).say("another post", "k");
   });
 });
 
@@ -1593,17 +1558,6 @@ describeStore("resume", (make) => {
     expect([resumed, messages.length]).toEqual([true, 1000]);
   });
 
-  test("keeps the epoch over a restart of the server, and another log has another", async () => {
-    const [one, other] = [await make(), await make()];
-    const epochs: string[] = [];
-    for (const { config } of [one, one, other]) {
-      const { url, stop } = await start(config);
-      epochs.push(await filled(url, 1));
-      await stop();
-    }
-    expect([epochs[1] === epochs[0], epochs[2] === epochs[0]]).toEqual([true, false]);
-  });
-
   test("a client that joins while others talk misses nothing between hello and the first message", async () => {
     const servers = await startServers(await make());
     await allTalk(talkers(3, servers, "", 0), 1);
@@ -1635,9 +1589,11 @@ describeStore("resume", (make) => {
 // ─── The store ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 describeStore("the store", (make) => {
-  test("keeps the newest CHAT_HISTORY messages of each room, and forgets the keys of the others", async () => {
-    const { url } = await start({ ...(await make()).config, history: 50, rate: 0 });
+  test("keeps the newest CHAT_HISTORY messages of each room, and forgets the keys of the others, and the room it took", async () => {
+    const { config } = await make();
+    const { url } = await start({ ...config, history: 50, rate: 0 });
     const [ann, bo] = [await Client.join(url), await Client.join(url, { room: "small" })];
+    await (await Client.join(url, { room: "visited" })).leave();
     await bo.say("kept");
     ann.postAll(3000);
     await ann.untilMessages(3000);
@@ -1646,7 +1602,13 @@ describeStore("the store", (make) => {
     for (let i = 2952; i <= 3000; i++) ann.post(`m${i}`, `k${i}`); // with the one above they are the newest 50
     await ann.nth("ack", 49);
     expect(ann.all("ack").map(({ seq }) => seq)).toEqual(Array.from({ length: 49 }, (_, i) => 2952 + i));
-    expect(await readLog(url, "small")).toHaveLength(1);
+    expect((await exported({ ...config, history: 50 })).map(({ room }) => room).toSorted()).toEqual([
+      ...Array(50).fill(""),
+      "small",
+    ]);
+    const old = async () => (await contentOf(config)).split(/m\d+/).length; // a step at a time
+    if (config.redisUrls) await eventually("the end of the trimming", async () => (await old()) < 250);
+    else await eventually("the end of the trimming", async () => (await exported(config)).length < 50 + 1000 + 2);
   });
 });
 
@@ -1664,19 +1626,6 @@ describe("the SQLite store", () => {
       await bo.untilMessages(i + 1);
     }
     expect(found).toEqual(Array(50).fill(1));
-  });
-
-  test("trims its file too, a step at a time, and a visit leaves no trace in it", async () => {
-    const file = newFile();
-    const { url } = await start({ db: file, history: 50, rate: 0 });
-    await (await Client.join(url, { room: "visited" })).leave();
-    const ann = await Client.join(url);
-    ann.postAll(3000);
-    await ann.untilMessages(3000);
-    using reader = new Database(file, { readonly: true });
-    expect(reader.query("SELECT name FROM rooms").all()).toEqual([{ name: "" }]);
-    const rows = () => reader.query<{ n: number }, []>("SELECT count(*) AS n FROM messages").get()?.n ?? 0;
-    await eventually("the end of the trimming", () => rows() <= 50 + 1000);
   });
 
   test("is refused in one line when it cannot be opened, is no database, may only be read, or is in use", async () => {
@@ -1701,20 +1650,6 @@ describe("the SQLite store", () => {
     first.kill("SIGKILL");
     await first.exited;
     expect(textsOf(await readLog((await start({ db: used })).url))).toEqual(["mine"]); // a dead server's lock is none
-  });
-
-  test("locked by another program acks nothing, closes with 1013, and works again by itself", async () => {
-    const db = newFile();
-    const { url, ann, bo } = await startWithTwo({ db });
-    await ann.say("before");
-    using other = new Database(db);
-    other.run("BEGIN IMMEDIATE");
-    ann.post("meanwhile");
-    expect([await ann.end(), await bo.end()]).toEqual([1013, 1013]);
-    expect([ann.all("ack"), ann.messages.length, bo.messages.length]).toEqual([[], 1, 1]);
-    other.run("ROLLBACK");
-    await (await Client.join(url)).say("meanwhile");
-    expect(textsOf(await readLog(url))).toEqual(["before", "meanwhile"]);
   });
 
   test("of the version before is taken over, with its messages", async () => {
@@ -1742,84 +1677,64 @@ describe("the SQLite store", () => {
     }
   });
 
-  const mayMount = process.getuid?.() === 0 && Bun.spawnSync(["unshare", "-m", "true"]).exitCode === 0;
-  test.skipIf(!mayMount)(
-    "on a full disk acks nothing that is not stored, tells the operator, and goes on by itself",
-    async () => {
-      const folder = mkdtempSync(join(FOLDER, "tmpfs-"));
-      expect(Bun.spawnSync(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder]).exitCode).toBe(0);
-      started.push(() => Bun.spawnSync(["umount", "-l", folder]));
-      const db = join(folder, "chat.sqlite");
-      const server = await spawnServer({ CHAT_DB: db, CHAT_RATE: "0" });
-      const [ann, bo] = await joinAll(server.url, "Ann", "Bo");
-      for (let i = 0; i < 400 && !ann.ended; i += 10) {
-        for (let k = i; k < i + 10; k++) ann.post("x".repeat(8000), `k${k}`);
-        await ann.settle().catch(() => {});
-      }
-      expect([await ann.end(), await bo.end()]).toEqual([1013, 1013]);
-      await eventually("a line", () => server.errors !== "");
-      expect(server.errors).toBe("The database cannot be written, posts are refused: database or disk is full\n");
-      const seen = bo.messages;
-      Bun.spawnSync(["mount", "-o", "remount,size=32m", folder]);
-      await (await Client.join(server.url)).say("room again");
-      await eventually("another line", () => server.errors.endsWith("\nThe database can be written again.\n"));
-      server.kill("SIGKILL");
-      await server.exited;
-      const log = await readLog((await start({ db })).url);
-      expect([log.slice(0, -1), log.at(-1)?.text]).toEqual([seen, "room again"]);
-    },
-  );
+  test("locked by another program acks nothing, closes with 1013, tells the operator, and works again by itself", async () => {
+    const db = newFile();
+    const server = await spawnServer({ CHAT_DB: db });
+    const [ann, bo] = await joinAll(server.url, "Ann", "Bo");
+    await ann.say("before");
+    using other = new Database(db);
+    other.run("BEGIN IMMEDIATE");
+    for (let time = 0; time < 2; time++) {
+      const client = await Client.join(server.url);
+      client.post("meanwhile");
+      expect([await client.end(), client.all("ack"), client.messages.length]).toEqual([1013, [], 1]);
+    }
+    expect([await ann.end(), await bo.end()]).toEqual([1013, 1013]);
+    other.run("ROLLBACK");
+    await (await Client.join(server.url)).say("meanwhile");
+    expect(textsOf(await readLog(server.url))).toEqual(["before", "meanwhile"]);
+    const lines = [
+      "The database cannot be written, posts are refused: database is locked",
+      "The database can be written again.",
+    ];
+    await eventually("two lines", () => server.errors.split("\n").length > 2);
+    expect(server.errors.trim().split("\n")).toEqual(lines);
+  });
 });
 
 // ─── Who gets in ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-describe("a page of another origin", () => {
-  const answer = async (url: string, Origin: string, Host: string) =>
-    (await Client.knock(url, { headers: { Origin, Host } })).status;
-
-  test("is kept out, the server's own comes in: with ports, IPv6 hosts, upper case, null and lists", async () => {
-    const { url } = await start();
-    const own = `
-      http://chat.example       chat.example
-      http://CHAT.example       chat.Example
-      http://chat.example:80    chat.example
-      https://chat.example      chat.example:443
-      http://chat.example:8080  chat.example:8080
-      http://[::1]:8080         [::1]:8080
-      http://[::1]              [0:0:0:0:0:0:0:1]`;
-    const others = `
-      http://chat.example                      chat.example:8080
-      http://chat.example:8081                 chat.example:8080
-      http://[::2]:8080                        [::1]:8080
-      http://chat.example.evil.example         chat.example
-      http://evil.example/chat.example         chat.example
-      http://evil.example#chat.example         chat.example
-      http://chat.example@evil.example         chat.example
-      http://xchat.example                     chat.example
-      http://chat.example,http://evil.example  chat.example
-      null                                     chat.example
-      null                                     null
-      file://                                  chat.example`;
-    for (const [status, cases] of [[101, own] as const, [403, others] as const]) {
-      for (const [origin = "", host = ""] of table(cases)) {
-        expect([origin, host, await answer(url, origin, host)]).toEqual([origin, host, status]);
-      }
-    }
-    expect(await answer(url, "", "chat.example")).toBe(403);
-  });
-
-  test("comes in when CHAT_ORIGINS names it: as an origin, as a host, or by *; a proxy may rewrite Host then", async () => {
-    const { origins } = readConfig({ CHAT_ORIGINS: "https://Chat.example, other.example:8443" });
-    const { url } = await start({ origins });
-    const cases = `101 https://chat.example  101 https://chat.example:443  403 http://chat.example
-      101 https://other.example:8443  101 http://other.example:8443  403 https://other.example
-      403 https://evil.example  403 http://https  403 null`;
-    for (const [, status, origin] of cases.matchAll(/(\d+) (\S+)/g)) {
-      expect([origin, `${await answer(url, `${origin}`, "127.0.0.1:9000")}`]).toEqual([origin, `${status}`]);
-    }
-    const open = await start({ origins: ["*"] });
-    for (const origin of ["https://evil.example", "null"]) expect(await answer(open.url, origin, "x")).toBe(101);
-  });
+test("A page of another origin is kept out, unless CHAT_ORIGINS names it; the server's own comes in.", async () => {
+  const cases = `
+    101  -     http://chat.example              chat.example
+    101  -     http://CHAT.example              chat.Example
+    101  -     http://chat.example:80           chat.example
+    101  -     https://chat.example             chat.example:443
+    101  -     http://[::1]:8080                [::1]:8080
+    101  -     http://[::1]                     [0:0:0:0:0:0:0:1]
+    403  -     http://chat.example              chat.example:8080
+    403  -     http://[::2]:8080                [::1]:8080
+    403  -     http://chat.example.evil.example chat.example
+    403  -     http://evil.example/chat.example chat.example
+    403  -     http://evil.example#chat.example chat.example
+    403  -     http://chat.example@evil.example chat.example
+    403  -     http://chat.example,http://e.example chat.example
+    403  -     null                             null
+    403  -     file://                          chat.example
+    101  list  https://chat.example:443         localhost
+    403  list  http://chat.example              localhost
+    101  list  http://other.example:8443        localhost
+    403  list  https://other.example            localhost
+    403  list  http://https                     localhost
+    403  list  null                             localhost
+    101  *     https://evil.example             localhost
+    101  *     null                             localhost`;
+  const origins: Record<string, string> = { "-": "", list: "https://Chat.example, other.example:8443", "*": "*" };
+  for (const [status, list = "", Origin = "", Host = ""] of table(cases)) {
+    const { url } = await start({ origins: readConfig({ CHAT_ORIGINS: origins[list] }).origins });
+    const { status: answered } = await Client.knock(url, { headers: { Origin, Host } });
+    expect([list, Origin, Host, `${answered}`]).toEqual([list, Origin, Host, `${status}`]);
+  }
 });
 
 /** Gives a password to the form of the page, and returns the answer. */
@@ -1863,6 +1778,8 @@ describe("a password", () => {
     expect([response.status, await response.text()]).toEqual([204, ""]);
     const [set, ...others] = response.headers.getSetCookie() as [string];
     expect(others).toEqual([]);
+    expect((await login(url, "sesame", { Origin: "https://evil.example" })).status).toBe(403);
+    expect((await login(url, "sesame", { Origin: url.slice(0, -1) })).status).toBe(204);
     expect(set).toMatch(/^chat-[0-9a-f]{8}=[\w.-]+; Path=\/; Max-Age=\d+; HttpOnly; SameSite=Strict$/);
     expect(Buffer.from(set, "base64").toString("latin1") + set).not.toContain("sesame");
     const Cookie = `other=1; ${cookieOf(response)}; last=2`;
@@ -1898,28 +1815,6 @@ describe("a password", () => {
     expect(await knock(first.url, { Cookie: cookie })).toBe(101);
     setSystemTime(new Date(now + (over + 60) * 1000));
     expect(await knock(first.url, { Cookie: cookie })).toBe(401);
-  });
-
-  test("that was changed ends the old cookies, a restart does not", async () => {
-    const db = newFile();
-    const statuses: unknown[] = [];
-    let Cookie: string | undefined;
-    for (const password of ["old", "new", "old"]) {
-      const { url, stop } = await start({ password, db });
-      Cookie ??= cookieOf(await login(url, password));
-      statuses.push(await knock(url, { Cookie }));
-      await stop();
-    }
-    expect(statuses).toEqual([101, 401, 101]);
-  });
-
-  test("is not tried from pages of other origins", async () => {
-    const { url } = await start({ password: "sesame" });
-    for (const Origin of ["https://evil.example", "null"]) {
-      const response = await login(url, "sesame", { Origin });
-      expect([response.status, response.headers.get("set-cookie")]).toEqual([403, null]);
-    }
-    expect((await login(url, "sesame", { Origin: url.slice(0, -1) })).status).toBe(204);
   });
 
   test("guessed wrong makes the address wait, by form, Bearer and socket alike, and nobody else", async () => {
@@ -1979,23 +1874,6 @@ describe("the operator's password", () => {
     expect("role" in (await (await Client.join((await start()).url)).first("hello"))).toBe(false);
   });
 
-  test("lets them take back any message", async () => {
-    const { url } = await start({ operator: "open wide" });
-    const ann = await Client.join(url, { name: "Ann", headers: newcomer() });
-    const host = await Client.join(url, { name: "Host", headers: { Authorization: "Bearer open wide" } });
-    await ann.say("rude");
-    host.send({ type: "remove", key: "r", seq: 1 });
-    expect((await ann.untilMessages(2))[1]).toEqual({
-      seq: 2,
-      at: expect.any(Number),
-      name: "Host",
-      text: "",
-      removes: 1,
-      key: "r",
-    });
-    expect(textsOf(await readLog(url))).toEqual(["", ""]);
-  });
-
   test("guessed wrong counts with the other one", async () => {
     const { url } = await start(config);
     const statuses: number[] = [];
@@ -2027,18 +1905,12 @@ describe("with a certificate", () => {
 
   test("that is bad, missing, another's or alone does not start: one line, exit code 1", async () => {
     const [one, two, none] = [certify("one"), certify("two"), join(FOLDER, "none.pem")];
-    const cases = [
-      [one.cert, two.key],
-      [none, one.key],
-      [one.cert, none],
-      [one.key, one.key],
-      [FOLDER, FOLDER],
-      [one.cert],
-    ];
-    const ends = await Promise.all(cases.map(([TLS_CERT = "", TLS_KEY = ""]) => run({ TLS_CERT, TLS_KEY })));
-    for (const { code, said } of ends) {
-      expect(code).toBe(1);
-      expect(said).toMatch(/^TLS_CERT.* TLS_KEY.*: .+\n$/);
+    const bad = [one.cert, two.key, none, one.key, one.cert, none, one.key, one.key, FOLDER, FOLDER, one.cert, ""];
+    const starts = bad.flatMap((file, i) =>
+      i % 2 === 0 ? run({ TLS_CERT: file, TLS_KEY: bad[i + 1] as string }) : [],
+    );
+    for (const { code, said } of await Promise.all(starts)) {
+      expect([code, said]).toEqual([1, expect.stringMatching(/^TLS_CERT.* TLS_KEY.*: .+\n$/)]);
     }
     const { said } = await run({ TLS_CERT: one.cert, TLS_KEY: one.key, HOST: "203.0.113.1" }); // is not blamed for something else
     expect(said).toStartWith("HOST=203.0.113.1 PORT=0: cannot listen: ");
@@ -2109,24 +1981,13 @@ describe("a reader that does not read", () => {
 
   test("leaves a bounded memory of hellos behind, however many rooms have one", async () => {
     const db = newFile();
-    for (let room = 0; room < 1000; room += 100) {
-      const lines = Array.from({ length: 100 }, (_, i) =>
-        Array.from({ length: 14 }, (_, n) => ({
-          room: `${room + i}`,
-          seq: n + 1,
-          at: 1,
-          name: "Ann",
-          text: "x".repeat(16 * 1024),
-        })),
-      );
-      await importMessages(
-        { ...readConfig({}), db, sync: "normal" },
-        lines
-          .flat()
-          .map((line) => JSON.stringify(line))
-          .join("\n"),
-      );
-    }
+    await (await start({ db })).stop(); // makes the tables
+    using file = new Database(db);
+    const count = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 13999)";
+    file.run(
+      `${count} INSERT INTO messages (room, seq, at, name, text) SELECT i / 14 + 1, i % 14 + 1, 1, 'Ann', hex(zeroblob(8192)) FROM n`,
+    );
+    file.run(`${count} INSERT INTO rooms SELECT i + 1, i, '0123456789abcdef' FROM n WHERE i < 1000`);
     const server = await spawnServer({ CHAT_DB: db });
     for (let room = 0; room < 1000; room++) {
       const idle = await Client.join(server.url, { room: `${room}` });
@@ -2212,7 +2073,6 @@ describe("a broken handshake", () => {
       ["another upgrade", good.replace("Upgrade: websocket", "Upgrade: h2c"), 426],
       ["another subprotocol", good.replace("chat.v1", "chat.v2"), 400],
       ["no key", without(/Sec-WebSocket-Key.*\r\n/), 400],
-      ["a short key", good.replace(/Key: .*\r\n/, "Key: abc\r\n"), 400],
       ["a room that is too long", room("%E5%9B%A2".repeat(65)), 400],
       ["a room with a NUL", room("a%00b"), 400],
       ["a room with a line break", room("a%0Ab"), 400],
@@ -2223,7 +2083,6 @@ describe("a broken handshake", () => {
     ];
     const bun: typeof ours = [
       ["garbage", "\x16\x03\x01\x02\x00\x01\xff\r\n\r\n", 400],
-      ["huge headers", good.replace("Host:", `X: ${"x".repeat(200_000)}\r\nHost:`), 431],
       ["two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400],
     ];
     for (const [what, request, status] of [...ours, ...bun]) {
@@ -2380,20 +2239,6 @@ test("Whatever a generator makes up is answered or refused, and the others see o
   expect(memoryOf(server) - memory).toBeLessThan(64);
   expect([server.exitCode, server.errors]).toEqual([null, ""]);
   console.log(`The generator (seed ${SEED}) tried ${tried} frames; ${ann.messages.length} were posts.`);
-});
-
-test("Without file descriptors who is in goes on, and who comes later gets in when some are free.", async () => {
-  const server = await spawnServer({ CHAT_DB: newFile() }, "ulimit -n 64");
-  const ann = await Client.join(server.url, { name: "Ann" });
-  const others = await Promise.all(Array.from({ length: 150 }, () => Client.open(server.url)));
-  await eventually("all are taken", () => descriptorsOf(server) >= 64);
-  await ann.say("still here");
-  const late = Client.join(server.url, { name: "Bo" });
-  for (const other of others) other.drop();
-  const bo = await within(late, "a place");
-  await bo.say("me too");
-  expect(textsOf(await ann.untilMessages(2))).toEqual(["still here", "me too"]);
-  expect(textsOf(bo.messages)).toEqual(["still here", "me too"]);
 });
 
 // ─── Several servers, one chat ───────────────────────────────────────────────────────────────────────────────────────
@@ -2576,26 +2421,17 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
     expect(await within(server.exited, "the server's end")).toBe(0);
   });
 
-  test("is not one because a single room cannot be read: the others go on, and the log says it once", async () => {
+  test("is not one because one room cannot be read: the others go on, and the log says it once", async () => {
     const redis = await ownRedis();
     const server = await spawnServer({ REDIS_URL: redis.url });
-    const ann = await Client.join(server.url, { room: "broken" });
-    await ann.say("hi");
-    await ann.leave();
-    await Client.join(server.url, { room: "sound" });
-    await eventually(
-      "that the room is closed",
-      async () => !((await redis.command("PUBSUB", "CHANNELS")) as string[]).some((name) => name.includes("broken")),
-    );
-    for (const key of await redis.keys("*broken")) {
-      await redis.command("DEL", key);
-      await redis.command("SET", key, "nothing of this chat");
-    }
+    await redis.command("SET", "chat:room:broken", "nothing of this chat");
     for (let i = 0; i < 5; i++) {
       expect(await (await Client.connect(server.url, { room: "broken" })).end()).toBe(1013);
       await (await Client.join(server.url, { room: `sound ${i}` })).say("hi");
     }
-    expect(server.errors.trim().split("\n")).toHaveLength(1);
+    expect(server.errors.trim().split("\n")).toEqual([
+      expect.stringMatching(/^The log of room "broken" cannot be read: /),
+    ]);
   });
 });
 
@@ -2647,37 +2483,18 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
 describe.skipIf(!REDIS_SERVER)("in Redis", () => {
   test("a room leaves after CHAT_IDLE_DAYS, never with 0, and stays while somebody is in it", async () => {
     const redis = await ownRedis();
-    const ttls = async (room: string) =>
-      Promise.all((await redis.keys(`*:${room}`)).map((key) => redis.command("TTL", key) as Promise<number>));
     for (const [idleDays, room] of [
       [7, "week"],
       [0, "forever"],
     ] as const) {
       const { url } = await start({ redisUrls: [redis.url], idleDays });
-      const ann = await Client.join(url, { room });
-      await ann.say("hi");
-      const found = await ttls(room);
-      expect(found.length).toBeGreaterThan(0);
-      for (const ttl of found) expect(idleDays === 0 ? ttl === -1 : ttl > 7 * 86400 - 60).toBe(true);
-      for (const key of await redis.keys(`*:${room}`)) await redis.command("EXPIRE", key, "60");
+      await (await Client.join(url, { room })).say("hi", "k");
+      const keys = await redis.keys(`*:${room}`);
+      const ttls = () => Promise.all(keys.map((key) => redis.command("TTL", key) as Promise<number>));
+      for (const ttl of await ttls()) expect(idleDays === 0 ? ttl === -1 : ttl > 7 * 86400 - 60).toBe(true);
+      for (const key of keys) await redis.command("EXPIRE", key, "60");
       await Client.join((await start({ redisUrls: [redis.url], idleDays })).url, { room }); // another server opens it
-      for (const ttl of await ttls(room)) expect(ttl === -1 || ttl > 3000).toBe(true);
-    }
-  });
-
-  test("a room has exactly CHAT_HISTORY messages for its clients and in an export, and not many more in Redis", async () => {
-    const redis = await ownRedis();
-    const settings = readConfig({ REDIS_URL: redis.url, CHAT_HISTORY: "150", CHAT_RATE: "0" });
-    const servers = await Promise.all([1, 2].map(() => start({ ...settings, port: 0, logLevel: "silent" })));
-    const [ann, bo] = await joinAll(servers, "Ann", "Bo");
-    ann.postAll(1170);
-    for (const client of [ann, bo]) await client.untilMessages(1170);
-    for (const { url } of servers) expect(textsOf(await readLog(url))).toEqual(numbered(1021, 1170));
-    expect(await exported(settings)).toHaveLength(150);
-    for (const key of await redis.keys()) {
-      const type = (await redis.command("TYPE", key)) as string;
-      const size = { list: "LLEN", hash: "HLEN", stream: "XLEN", zset: "ZCARD" }[type];
-      if (size) expect([key, Number(await redis.command(size, key)) < 250]).toEqual([key, true]);
+      for (const ttl of await ttls()) expect([room, ttl > 3000]).toEqual([room, true]);
     }
   });
 
@@ -2831,7 +2648,7 @@ describe("export and import", () => {
       const [sqlite, redis, back] = [await STORES[0].make(), await STORES[1].make(), await STORES[0].make()];
       const { url } = await start({ ...sqlite.config, rate: 0, history: 1200 });
       const [ann, plain] = [
-        await Client.join(url, { name: "安", headers: newcomer() }),
+        await Client.join(url, { name: "安", me: "an" }),
         await Client.join(url, { room: "团 a*[b]", plain: true }),
       ];
       ann.postAll(2500, (n) => `m${n} \0 "\n" 🙂`);
