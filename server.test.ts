@@ -1201,7 +1201,7 @@ async function contentOf({ db, redisUrls, prefix }: Partial<Config>): Promise<st
   let content = "";
   for (const key of (await redis.send("KEYS", [`${prefix}*`])) as string[]) {
     const [read = "", ...range] = reads[(await redis.send("TYPE", [key])) as string] ?? [];
-    content += await redis.send(read, [key, ...range]);
+    content += JSON.stringify(await redis.send(read, [key, ...range]));
   }
   redis.close();
   return content;
