@@ -23,88 +23,59 @@
  * the JSON objects typed below; they get names, history, presence, and every message with its place in the log.
  */
 import { Database, type Statement } from "bun:sqlite";
-import { createHmac, createPrivateKey, scryptSync, timingSafeEqual, X509Certificate } from "node:crypto";
-import { closeSync, existsSync, openSync, readFileSync, realpathSync } from "node:fs";
+import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
+import { closeSync, existsSync, openSync, realpathSync } from "node:fs";
 import { networkInterfaces } from "node:os";
+import { setTimeout as sleep } from "node:timers/promises";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
 import { version } from "./package.json";
 
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Bytes of UTF-8 in the text of one message. */
-const MAX_TEXT = 16 * 1024;
-/** Bytes of one WebSocket frame from a client; a longer one closes the connection with 1009. */
-const MAX_FRAME = 64 * 1024;
-/** Characters (Unicode code points) of a person's name, and of a room's. */
-const MAX_NAME = 32;
-const MAX_ROOM = 64;
-/** Frames outside the protocol before a connection is closed with 1008. */
-const MAX_STRIKES = 10;
-/** Messages in a page of history, and in the `hello` of a client that starts afresh. */
-const PAGE_MESSAGES = 100;
-/** Messages that a client may have missed and still resume. */
-const RESUME_MESSAGES = 1000;
-/** Bytes of text in one page or `hello`, as JSON escapes it: half of what may be buffered for a slow reader. */
-const PAGE_BYTES = 256 * 1024;
-/** Hellos kept ready in the whole server, the newest: at most some 20 MB. */
-const CACHED_HELLOS = 64;
-/** Milliseconds for this server to hear of what a client has already seen on another one. */
-const BEHIND_MS = 100;
-/** People listed in one presence frame; the count is always exact. */
-const PRESENCE_PEOPLE = 100;
-/** Milliseconds between two presence frames of a room, and between two `typing` of one sender that are passed on. */
-const PRESENCE_MS = 1000;
-const TYPING_MS = 2000;
-/** Seconds' worth of frames that a sender may send at once after a silence. */
-const BURST_SECONDS = 10;
-/** Connections' worth of frames that one address may send. */
-const ADDRESS_CONNECTIONS = 10;
-/** Wrong passwords that an address may try at once; after that, one a minute. */
-const FREE_TRIES = 5;
-/** Addresses whose token buckets are remembered: the newest. */
-const MAX_ADDRESSES = 10_000;
-/** Bytes that may wait in one sender's queue before its socket is read no further; and those of a frame beside its text. */
-const QUEUE_BYTES = 1024 * 1024;
-const QUEUE_FRAME_BYTES = 64;
-/** Bytes buffered for a reader that does not read: with the frame that passes this limit, at most 1 MiB. */
-const BACKPRESSURE_BYTES = 512 * 1024;
-/** Milliseconds for which posts are gathered under load: nobody sees it, and it saves a system call for every socket. */
-const GATHER_MS = 6;
-/** Posts, and characters (UTF-16 units), that end the gathering at once. */
-const GATHER_POSTS = 32;
-const GATHER_CHARACTERS = 64 * 1024;
-/** Messages that one step of trimming, forgetting or exporting handles: few, so that posts get in between. */
-const STEP_MESSAGES = 1000;
-/** Bytes of a request's body: a password and no more. */
-const MAX_BODY = 4096;
+const MAX_TEXT = 16 * 1024; // bytes of UTF-8 in the text of one message
+const MAX_FRAME = 64 * 1024; // bytes of a WebSocket frame from a client; a longer one closes the connection with 1009
+const MAX_NAME = 32; // characters (Unicode code points) of a person's name
+const MAX_ROOM = 64; // characters of a room's name
+const MAX_STRIKES = 10; // frames outside the protocol, before a connection is closed with 1008
+const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a client that starts afresh
+const RESUME_MESSAGES = 1000; // that a client may have missed and still resume
+const PAGE_BYTES = 256 * 1024; // of text in one page or hello, as JSON escapes it: half of BACKPRESSURE_BYTES
+const CACHED_HELLOS = 64; // kept ready in the whole server, the newest: at most some 20 MB
+const BEHIND_MS = 100; // for this server to hear of what a client has already seen on another one
+const PRESENCE_PEOPLE = 100; // listed in one presence frame; the count is always exact
+const PRESENCE_MS = 1000; // between two presence frames of a room
+const TYPING_MS = 2000; // between two typing frames of one sender that are passed on
+const BURST_SECONDS = 10; // worth of frames that a sender may send at once after a silence
+const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
+const FREE_TRIES = 5; // wrong passwords that an address may give at once; after that, one a minute
+const MAX_BUCKETS = 10_000; // token buckets that are remembered of each kind, the newest
+const QUEUE_BYTES = 1024 * 1024; // that wait in one sender's queue before its socket is read no further
+const QUEUE_FRAME_BYTES = 64; // that a queued frame takes beside its text, so that many tiny ones are bounded too
+const BACKPRESSURE_BYTES = 512 * 1024; // for a reader that does not read: with the frame that passes it, at most 1 MiB
+const GATHER_MS = 6; // of gathering posts under load: nobody sees it, and it saves a system call for every socket
+const GATHER_POSTS = 32; // that end the gathering at once
+const GATHER_CHARACTERS = 64 * 1024; // (UTF-16 units) of text that end it at once
+const STEP_MESSAGES = 1000; // trimmed, forgotten or exported at once: few, so that posts get in between
+const MAX_BODY = 4096; // bytes of a request's body: a password and no more
 const DAY_SECONDS = 24 * 60 * 60;
-/** Seconds for which a session cookie is good, and for which a browser keeps the cookie that makes its ids. */
-const SESSION_SECONDS = 30 * DAY_SECONDS;
-const IDENTITY_SECONDS = 365 * DAY_SECONDS;
-/** Milliseconds that `stop` waits for the store, and then for clients to answer the Close frame: under 3 s in all. */
-const DRAIN_MS = 800;
-const CLOSE_MS = 2000;
+const SESSION_SECONDS = 30 * DAY_SECONDS; // for which the cookie of a password is good
+const IDENTITY_SECONDS = 365 * DAY_SECONDS; // for which a browser keeps the cookie that makes its ids
+const DRAIN_MS = 800; // that `stop` waits for the store; with CLOSE_MS it takes less than 3 s
+const CLOSE_MS = 2000; // that `stop` waits for clients to answer the Close frame
 
 // ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
 
 /** An entry of a room's log, as it is stored and as every `chat.v1` client sees it. */
 export interface Message {
-  /** Its place in the room's log: 1, 2, 3 … without a gap. */
-  seq: number;
-  /** When the server received it: milliseconds since 1970. */
-  at: number;
-  /** Who sent it, as they called themselves; nothing proves it. */
-  name: string;
-  /** The sender's id in this room; absent when the sender brought no cookie. */
-  from?: string;
+  seq: number; // its place in the room's log: 1, 2, 3 … without a gap
+  at: number; // when the server received it: milliseconds since 1970
+  name: string; // who sent it, as they called themselves; nothing proves it
+  from?: string; // the sender's id in this room; absent when the sender brought no cookie
   text: string;
-  /** The seq of the message that this entry takes back; the entry itself has no text. */
-  removes?: number;
-  /** Whether this message was taken back: its text is gone. */
-  removed?: true;
-  /** The key that its sender gave it; absent on messages of plain sockets. */
-  key?: string;
+  removes?: number; // the seq of the message that this entry takes back; the entry itself has no text
+  removed?: true; // this message was taken back: its text is gone
+  key?: string; // the key that its sender gave it; absent on messages of plain sockets
 }
 
 /** Somebody who is in a room. */
@@ -114,18 +85,13 @@ export type Role = "guest" | "operator";
 /** What the server sends to a `chat.v1` client: one JSON object in each text frame. */
 export type ServerFrame =
   | {
-      /** Always the first frame. */
-      type: "hello";
-      /** The client's own id, if it has one; its role, where the server has an operator. */
-      you?: string;
-      role?: Role;
-      /** Names this log: the seqs of another epoch mean nothing in it. */
-      epoch: string;
-      /** The oldest and the newest seq kept; an empty log has 1 and 0. */
-      first: number;
+      type: "hello"; // always the first frame
+      you?: string; // the client's own id, if it has one
+      role?: Role; // only where the server has an operator
+      epoch: string; // names this log: the seqs of another epoch mean nothing in it
+      first: number; // the oldest seq kept, and the newest; an empty log has 1 and 0
       last: number;
-      /** Whether `messages` is exactly what came after the client's `after`, or the newest page to start afresh from. */
-      resumed: boolean;
+      resumed: boolean; // `messages` is exactly what came after the client's `after`; else start afresh from them
       messages: Message[];
       limits: { text: number; name: number };
     }
@@ -171,15 +137,7 @@ const ERRORS = {
 export type ErrorCode = keyof typeof ERRORS;
 
 /** Close codes: RFC 6455 section 7.4.1, the IANA registry (1013), and the private range (4401). */
-const CLOSE = {
-  goingDown: 1001,
-  binary: 1003,
-  protocol: 1008,
-  tooBig: 1009,
-  bug: 1011,
-  tryAgain: 1013,
-  password: 4401,
-};
+const CLOSE = { goingDown: 1001, binary: 1003, protocol: 1008, tooBig: 1009, bug: 1011, tryAgain: 1013, login: 4401 };
 
 const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
@@ -191,11 +149,11 @@ function parseFrame(data: string): ClientFrame | ErrorFrame {
   try {
     frame = JSON.parse(data) ?? {};
   } catch {
-    return errorFrame("bad-frame", "The frame is not JSON.");
+    return badFrame("The frame is not JSON.");
   }
   const { type } = frame;
   if (typeof type !== "string" || !Object.hasOwn(CLIENT_FIELDS, type)) {
-    return errorFrame("bad-frame", `A frame is an object with a type: ${Object.keys(CLIENT_FIELDS).join(", ")}.`);
+    return badFrame(`A frame is an object with a type: ${Object.keys(CLIENT_FIELDS).join(", ")}.`);
   }
   const fields = CLIENT_FIELDS[type as ClientFrame["type"]];
   const names = Object.keys(fields);
@@ -203,16 +161,24 @@ function parseFrame(data: string): ClientFrame | ErrorFrame {
   if (fits && Object.keys(frame).length === names.length + 1) return frame as ClientFrame;
   // Lists the fields that it should have, not those that it has, which may be long.
   const list = names.map((name) => `, ${name} (a ${fields[name]})`);
-  return errorFrame("bad-frame", `"${type}" has the fields type${list.join("")}, and no others.`);
+  return badFrame(`"${type}" has the fields type${list.join("")}, and no others.`);
 }
 
-function errorFrame(code: ErrorCode, text = ERRORS[code], key?: string): ErrorFrame {
-  return { type: "error", code, text, key: key !== undefined && KEY.test(key) ? key : undefined };
+function errorFrame(code: ErrorCode, key = "", text = ERRORS[code]): ErrorFrame {
+  return { type: "error", code, text, key: KEY.test(key) ? key : undefined };
+}
+
+function badFrame(text: string): ErrorFrame {
+  return errorFrame("bad-frame", "", text);
 }
 
 /** A frame as JSON; fields that are undefined are left out. */
 function encode(frame: ServerFrame): string {
   return JSON.stringify(frame);
+}
+
+function isSeq(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) >= 1;
 }
 
 /** Whether a text is longer than {@link MAX_TEXT} (a UTF-16 unit takes one to three bytes of UTF-8). */
@@ -251,42 +217,40 @@ function sha256(text: string, encoding: "hex" | "base64" | "base64url"): string 
 // ─── Configuration ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
+const REDIS = /^(redis|valkey)s?:\/\/./;
+const ORIGIN = /^(\*|(https?:\/\/)?[^/?#*@\s]+)$/;
 
 /** Each setting's variable, its default, its check (which throws what is allowed) and what it is for, as `--help` says. */
 const SETTINGS = {
   port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: a free one"],
-  host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; all interfaces"],
+  host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
   db: ["CHAT_DB", "chat.sqlite", (path: string) => path.trim() || "chat.sqlite", "the database: a file, or :memory:"],
-  sync: ["CHAT_SYNC", "full", oneOf("full", "normal"), "full survives a power cut, normal a crash of the server"],
-  redisUrls: ["REDIS_URL", "", redisUrls, "a Redis to use instead; several, separated by commas, share the rooms"],
+  sync: ["CHAT_SYNC", "full", word("full", "normal"), "full survives a power cut, normal a crash of the server"],
+  redisUrls: ["REDIS_URL", "", listOf(REDIS, "redis:// addresses"), "a Redis to use instead, or several, by commas"],
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
   password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
   operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
-  origins: ["CHAT_ORIGINS", "", origins, "origins or hosts whose pages may connect too, separated by commas; *: any"],
+  origins: [
+    "CHAT_ORIGINS",
+    "",
+    listOf(ORIGIN, "origins, hosts, or *"),
+    "whose pages may connect beside the server's own",
+  ],
   proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
-  idleDays: [
-    "CHAT_IDLE_DAYS",
-    "30",
-    wholeNumber(0, 36_500),
-    "days until a room that nobody uses is forgotten; 0: never",
-  ],
+  idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "until a room that nobody uses is forgotten; 0: never"],
   rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of each connection; 0: no limit"],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
-  reusePort: ["REUSE_PORT", "0", (value: string) => oneOf("0", "1")(value) === "1", "1: several servers on one port"],
-  logLevel: ["LOG_LEVEL", "info", oneOf(...LOG_LEVELS), `${LOG_LEVELS.join(", ")} (each message too)`],
+  reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
+  logLevel: ["LOG_LEVEL", "info", word(...LOG_LEVELS), `${LOG_LEVELS.join(", ")} (each message too)`],
 } as const;
 
-type Settings = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typeof SETTINGS)[Name][2]> };
-
 /** What a chat is started with, frozen: the settings, and two times that only tests shorten. */
-export interface Config extends Settings {
-  /** Seconds without a sign of life after which a connection is ended; under 60 s, so that proxies see traffic. */
-  readonly silenceSeconds: number;
-  /** Milliseconds from the start to the first look for idle rooms, and between two. */
-  readonly expireMs: number;
-}
+export type Config = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typeof SETTINGS)[Name][2]> } & {
+  readonly silenceSeconds: number; // until a connection is ended; under 60, so that proxies see traffic
+  readonly expireMs: number; // from the start to the first look for idle rooms, and between two
+};
 
 /** A mistake of the operator, told in one line: a bad value, a port in use, a database that cannot be opened. */
 export class StartError extends Error {}
@@ -299,10 +263,9 @@ function wholeNumber(min: number, max: number): (value: string) => number {
   };
 }
 
-function oneOf<T extends string>(...allowed: readonly T[]): (value: string) => T {
+function word<T extends string>(...allowed: T[]): (value: string) => T {
   return (value) => {
-    const found = allowed.find((word) => word === value);
-    if (found !== undefined) return found;
+    if (allowed.includes(value as T)) return value as T;
     throw new Error(`must be one of ${allowed.join(", ")}`);
   };
 }
@@ -311,22 +274,12 @@ function splitList(list: string): string[] {
   return list.split(",").flatMap((entry) => entry.trim() || []);
 }
 
-function redisUrls(list: string): readonly string[] {
-  const urls = splitList(list);
-  if (urls.every((url) => /^(redis|valkey)s?:$|^rediss:$/.test(URL.parse(url)?.protocol ?? ""))) return urls;
-  throw new Error("must be addresses such as redis://host:6379, separated by commas");
-}
-
-/** A list of origins (as `URL` writes them) or hosts (as given). */
-function origins(list: string): readonly string[] {
-  return splitList(list).map((entry) => {
-    if (entry === "*") return entry;
-    const isOrigin = entry.includes("://");
-    const url = entry.includes("*") ? null : URL.parse(isOrigin ? entry : `http://${entry}`);
-    const isBare = url && /^https?:$/.test(url.protocol) && `${url.pathname}${url.search}${url.hash}` === "/";
-    if (isBare) return isOrigin ? url.origin : entry;
-    throw new Error("must be origins (https://a.example) or hosts, separated by commas, or *");
-  });
+function listOf(form: RegExp, allowed: string): (list: string) => readonly string[] {
+  return (list) => {
+    const entries = splitList(list);
+    if (entries.every((entry) => form.test(entry))) return entries;
+    throw new Error(`must be ${allowed}, separated by commas`);
+  };
 }
 
 /**
@@ -343,7 +296,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
     }
   });
   const config: Config = { ...Object.fromEntries(entries), silenceSeconds: 50, expireMs: DAY_SECONDS * 1000 };
-  if (config.reusePort && config.redisUrls.length === 0) {
+  if (config.reusePort === "1" && config.redisUrls.length === 0) {
     throw new StartError("REUSE_PORT=1: needs REDIS_URL, so that all servers on the port are one chat.");
   }
   if (!config.tlsCert !== !config.tlsKey) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
@@ -391,56 +344,34 @@ class Outage {
 
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
-/** Allows `burst` at once after a silence, and `perSecond` on average. */
-class TokenBucket {
-  #tokens: number;
-  #refilledAt = performance.now();
-
-  constructor(
-    readonly perSecond: number,
-    readonly burst: number,
-  ) {
-    this.#tokens = burst;
-  }
-
-  /** Milliseconds until there is a token: 0 when there is one now. */
-  get wait(): number {
-    const now = performance.now();
-    this.#tokens = Math.min(this.burst, this.#tokens + ((now - this.#refilledAt) / 1000) * this.perSecond);
-    this.#refilledAt = now;
-    return this.#tokens >= 1 ? 0 : Math.ceil(((1 - this.#tokens) * 1000) / this.perSecond);
-  }
-
-  get isFull(): boolean {
-    return this.wait === 0 && this.#tokens === this.burst;
-  }
-
-  take(): void {
-    this.#tokens--;
-  }
-}
-
-/** A token bucket for each address. Full ones are forgotten; the oldest too, when there are {@link MAX_ADDRESSES}. */
-class AddressBuckets {
-  readonly #buckets = new Map<string, TokenBucket>();
+/** A token bucket for each sender, or address: `burst` tokens after a silence, `perSecond` on average. Full ones are forgotten. */
+class TokenBuckets<Owner> {
+  readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
 
   constructor(
     readonly perSecond: number,
     readonly burst: number,
   ) {}
 
-  of(address: string): TokenBucket {
-    const known = this.#buckets.get(address);
-    if (known) return known;
-    const [oldest = ""] = this.#buckets.keys();
-    if (this.#buckets.size >= MAX_ADDRESSES) this.#buckets.delete(oldest);
-    const bucket = new TokenBucket(this.perSecond, this.burst);
-    this.#buckets.set(address, bucket);
-    return bucket;
+  /** Milliseconds until there is a token: 0 when there is one now. */
+  wait(owner: Owner): number {
+    return Math.max(0, Math.ceil(((1 - this.#tokens(owner)) * 1000) / this.perSecond));
+  }
+
+  take(owner: Owner): void {
+    const tokens = this.#tokens(owner) - 1;
+    const [oldest] = this.#buckets.size < MAX_BUCKETS ? [] : this.#buckets.keys();
+    if (oldest !== undefined) this.#buckets.delete(oldest);
+    this.#buckets.set(owner, { tokens, at: performance.now() });
   }
 
   forgetFull(): void {
-    for (const [address, bucket] of this.#buckets) if (bucket.isFull) this.#buckets.delete(address);
+    for (const owner of this.#buckets.keys()) if (this.#tokens(owner) === this.burst) this.#buckets.delete(owner);
+  }
+
+  #tokens(owner: Owner): number {
+    const { tokens, at } = this.#buckets.get(owner) ?? { tokens: this.burst, at: 0 };
+    return Math.min(this.burst, tokens + ((performance.now() - at) / 1000) * this.perSecond);
   }
 }
 
@@ -448,45 +379,33 @@ class AddressBuckets {
 
 type Socket = Bun.ServerWebSocket<Member>;
 
+/** What the handshake learns of a client. */
+interface Visitor {
+  readonly roomName: string;
+  readonly address: string; // where it comes from, for the log
+  readonly network: string; // whose rate it shares; "": this machine itself, which is free
+  readonly isChat: boolean; // it speaks chat.v1; else plain
+  readonly from: string | undefined; // its id in this room, if it brought the cookie
+  readonly role: Role;
+  readonly resume: { readonly epoch: string; readonly after: number } | undefined; // where it left off
+}
+
 type MemberState =
   | "joining" // its hello is not out yet: its frames wait in the queue
   | "here" // it gets every message of its room, and its frames are acted on
   | "refused" // it was sent away: what it sends now would overtake what it must send again, and is ignored
   | "gone"; // its socket is closed
 
-/** What the handshake learns of a client. */
-interface Visitor {
-  readonly roomName: string;
-  /** Where it comes from, for the log; and the network whose rate it shares, `""` for this machine itself. */
-  readonly address: string;
-  readonly network: string;
-  /** Whether it speaks `chat.v1`; else plain. */
-  readonly isChat: boolean;
-  /** Its id in this room, if it brought the cookie. */
-  readonly from: string | undefined;
-  readonly role: Role;
-  /** Where it left off, if it comes back. */
-  readonly resume: { readonly epoch: string; readonly after: number } | undefined;
-  /** Whether it asked for a name that cannot be given. */
-  readonly hasBadName: boolean;
-}
-
 /** One connection, as `ws.data`. */
 class Member {
   state: MemberState = "joining";
-  /** Set when the socket opens. */
-  ws!: Socket;
+  ws!: Socket; // set, as the room is, when the socket opens
   room!: Room;
-  /** When something last came from it, on the monotonic clock. */
-  heardAt = performance.now();
-  /** Its own rate, from its first frame on. */
-  bucket: TokenBucket | undefined;
-  /** Frames that came too fast, or before the hello, with their bytes; the sum of these; and the timer that takes from them. */
-  queue: { frame: ClientFrame | ErrorFrame; bytes: number }[] = [];
+  heardAt = performance.now(); // when something last came from it, on the monotonic clock
+  queue: { frame: ClientFrame | ErrorFrame; bytes: number }[] = []; // what came too fast, or before the hello
   queueBytes = 0;
-  draining: Timer | undefined;
-  /** Frames outside the protocol. */
-  strikes = 0;
+  draining: Timer | undefined; // comes back for the queue
+  strikes = 0; // frames outside the protocol
   typedAt = -Infinity;
 
   constructor(
@@ -497,51 +416,42 @@ class Member {
 
 /** Who is in a room on one server. */
 interface Here {
-  /** Everybody who has an id, once; and how many sockets have none. */
-  readonly ids: string[];
-  readonly nameless: number;
-  /** The people of `chat.v1`, at most {@link PRESENCE_PEOPLE}. */
-  readonly people: Person[];
+  readonly ids: string[]; // everybody who has an id, once
+  readonly nameless: number; // sockets without an id
+  readonly people: Person[]; // those of chat.v1, at most PRESENCE_PEOPLE
 }
 
 /** A room while somebody is in it: one object for the rooms and the broker. */
 class Room {
-  /** `opening` until the broker knows its log; `closed` when the last member has left, or the room is lost. */
-  state: "opening" | "open" | "closed" = "opening";
-  /** Settles when the log is open. */
-  opened!: Promise<void>;
+  state: "opening" | "open" | "closed" = "opening"; // closed: the last member has left, or the room is lost
+  opened!: Promise<void>; // settles when its log is open
   readonly members = new Set<Member>();
-
-  /** Names its log. This, and the oldest and newest seq in the store, are the broker's to set. */
-  epoch = "";
-  first = 1;
-  /** Also the seq of the last message delivered. */
-  last = 0;
-  /** SQLite: its row, 0 until its first message is stored; and the keys of its messages, once they are needed. */
-  row = 0;
-  keys: RecentKeys | undefined;
-  /** Redis: posts to be stored next; whether others are being stored; what was heard while the room was opening. */
-  waiting: Post[] = [];
-  isStoring = false;
-  early: StoredNotice[] = [];
-
-  /** What was delivered since a member that is joining began to read the log. */
-  readonly pendingJoins = new Set<Message[]>();
-  /** Who is here on other servers, by server; and who is here, as they were last told. */
-  readonly elsewhere = new Map<string, Here>();
-  announced = "";
-  /** The last presence frame, when it went out, and the timer for the next. */
-  presence = "";
+  readonly chatTopic: string;
+  readonly plainTopic: string;
+  // What the brokers set:
+  epoch = ""; // names its log
+  first = 1; // the oldest seq in the store
+  last = 0; // the newest, and that of the last message delivered
+  row = 0; // SQLite: its row; 0 until its first message is stored
+  keys: Map<string, number> | undefined; // SQLite: the seqs of its messages by key, once they are needed
+  waiting: Post[] = []; // Redis: posts to be stored next
+  isStoring = false; // Redis: whether others are being stored
+  early: StoredNotice[] = []; // Redis: what was heard while the room was opening
+  // What the rooms set:
+  readonly pendingJoins = new Set<Message[]>(); // what was delivered since a joining member began to read the log
+  readonly elsewhere = new Map<string, Here>(); // who is here on other servers
+  announced = ""; // who is here on this one, as the others were last told
+  presence = ""; // the last presence frame
   presenceAt = -Infinity;
   presenceTimer: Timer | undefined;
 
   constructor(
     readonly name: string,
-    /** The one that keeps its log. */
-    readonly broker: Broker,
-    readonly chatTopic = `chat.v1/${name}`,
-    readonly plainTopic = `plain/${name}`,
-  ) {}
+    readonly broker: Broker, // the one that keeps its log
+  ) {
+    this.chatTopic = `chat.v1/${name}`;
+    this.plainTopic = `plain/${name}`;
+  }
 
   /** As the server's own log names it. */
   toString(): string {
@@ -555,17 +465,17 @@ const PONG = encode({ type: "pong" });
 
 /** Takes frames from sockets, at each sender's rate, and hands posts to the broker. */
 class Inbox {
-  /** Set when the server goes down: from then on frames are ignored. */
-  isStopping = false;
-  /** The rates of addresses. Behind one address are many people, so it has several connections' worth. */
-  readonly addresses: AddressBuckets;
+  isStopping = false; // the server goes down: frames are ignored
+  readonly senders: TokenBuckets<Member>;
+  readonly addresses: TokenBuckets<string>; // many people may be behind one: it has several connections' worth
 
   constructor(
     readonly config: Config,
     readonly rooms: Rooms,
   ) {
-    const perSecond = config.rate * ADDRESS_CONNECTIONS;
-    this.addresses = new AddressBuckets(perSecond, perSecond * BURST_SECONDS);
+    const { rate } = config;
+    this.senders = new TokenBuckets(rate, rate * BURST_SECONDS);
+    this.addresses = new TokenBuckets(rate * ADDRESS_CONNECTIONS, rate * ADDRESS_CONNECTIONS * BURST_SECONDS);
   }
 
   /** A frame arrived. */
@@ -613,15 +523,12 @@ class Inbox {
 
   /** Takes a token of the sender and one of its address, and returns 0; or the milliseconds until there are both. */
   #takeTokens(member: Member): number {
-    const { rate } = this.config;
-    if (rate === 0) return 0;
-    const own = (member.bucket ??= new TokenBucket(rate, rate * BURST_SECONDS));
+    if (this.config.rate === 0) return 0;
     const { network } = member.visitor;
-    const shared = network === "" ? undefined : this.addresses.of(network);
-    const wait = Math.max(own.wait, shared?.wait ?? 0);
+    const wait = Math.max(this.senders.wait(member), network === "" ? 0 : this.addresses.wait(network));
     if (wait > 0) return wait;
-    own.take();
-    shared?.take();
+    this.senders.take(member);
+    if (network !== "") this.addresses.take(network);
     return 0;
   }
 
@@ -640,16 +547,16 @@ class Inbox {
   #post(member: Member, text: string, key: string | undefined): void {
     const { isChat } = member.visitor;
     if (isTooLong(text) && !isChat) return member.ws.close(CLOSE.tooBig, ERRORS["too-long"]);
-    if (isTooLong(text)) return this.#complain(member, errorFrame("too-long", undefined, key));
+    if (isTooLong(text)) return this.#complain(member, errorFrame("too-long", key));
     if (isChat && !KEY.test(key ?? "")) return this.#complain(member, errorFrame("bad-key"));
-    if (isChat && text === "") return this.#complain(member, errorFrame("empty", undefined, key));
+    if (isChat && text === "") return this.#complain(member, errorFrame("empty", key));
     // A lone surrogate has no UTF-8: it is replaced here, so that what is seen now and what is read later are the same.
     this.#append(member, { text: text.toWellFormed(), key });
   }
 
   #remove(member: Member, removes: number, key: string): void {
     if (!KEY.test(key)) return this.#complain(member, errorFrame("bad-key"));
-    if (!isSeq(removes)) return this.#complain(member, errorFrame("bad-frame", '"seq" is a whole number from 1.'));
+    if (!isSeq(removes)) return this.#complain(member, badFrame('"seq" is a whole number from 1.'));
     this.#append(member, { text: "", removes, key });
   }
 
@@ -660,7 +567,7 @@ class Inbox {
 
   #page(member: Member, before: number): void {
     const { room, ws } = member;
-    if (!isSeq(before)) return this.#complain(member, errorFrame("bad-frame", '"before" is a whole number from 1.'));
+    if (!isSeq(before)) return this.#complain(member, badFrame('"before" is a whole number from 1.'));
     const to = Math.min(before - 1, room.last);
     const from = Math.max(firstKept(room, this.config), to - PAGE_MESSAGES + 1);
     room.broker.read(room, from, to).then(
@@ -676,10 +583,10 @@ class Inbox {
     this.rooms.presenceChanged(member.room);
   }
 
-  #typing({ room, name, ws }: Member): void {
-    const now = performance.now();
-    if (now - ws.data.typedAt < TYPING_MS) return;
-    ws.data.typedAt = now;
+  #typing(member: Member): void {
+    const { room, name, ws, typedAt } = member;
+    if (performance.now() - typedAt < TYPING_MS) return;
+    member.typedAt = performance.now();
     ws.publish(room.chatTopic, encode({ type: "typing", name }), false); // to all but the sender
     room.broker.typing(room, name);
   }
@@ -690,10 +597,6 @@ class Inbox {
     if (frame.code !== "bad-frame" || ++member.strikes < MAX_STRIKES) return;
     member.ws.close(CLOSE.protocol, `${MAX_STRIKES} frames were not of the protocol chat.v1.`);
   }
-}
-
-function isSeq(value: unknown): value is number {
-  return Number.isSafeInteger(value) && (value as number) >= 1;
 }
 
 /** The oldest seq that counts as kept: what the store has before it is trimmed in time. */
@@ -709,8 +612,8 @@ interface Post extends Omit<Message, "seq" | "removed"> {
   readonly sender: Member;
 }
 
-/** What became of a post: the message that it is now; the seq of the one that it already was; or why it was refused. */
-type Outcome = Message | number | "gone" | "not-yours";
+/** What becomes of a post that is no new message: the seq of the message that it already is; or why it is refused. */
+type Answer = number | "gone" | "not-yours";
 
 /** Keeps the logs of rooms. When it cannot tell what became of a post, or what comes next in a log, it loses the room. */
 interface Broker {
@@ -733,16 +636,12 @@ interface Broker {
   stop(): void;
 }
 
-/**
- * Gathers what is to be handled together. After {@link GATHER_MS} of quiet an item is handled at once; else with those
- * that come within that time, or as soon as there are enough.
- */
+/** Gathers what is to be handled together: after {@link GATHER_MS} of quiet an item alone, else all that come in that time. */
 class Gatherer<Item> {
   #items: Item[] = [];
   #characters = 0;
   #timer: Timer | undefined;
-  /** When the last batch was done, on the monotonic clock. */
-  #doneAt = -Infinity;
+  #doneAt = -Infinity; // when the last batch was done, on the monotonic clock
 
   constructor(readonly handle: (items: Item[]) => void) {}
 
@@ -768,22 +667,6 @@ class Gatherer<Item> {
   }
 }
 
-/** A message of values that may be null. Built field by field, so that all have one shape. */
-function makeMessage(seq: number, { at, name, from, text, removes, removed, key }: Nullable<Message>): Message {
-  return {
-    seq,
-    at,
-    name,
-    from: from ?? undefined,
-    text,
-    removes: removes ?? undefined,
-    removed: removed ? true : undefined,
-    key: key ?? undefined,
-  };
-}
-
-type Nullable<T> = { [K in keyof Omit<T, "seq">]: undefined extends T[K] ? T[K] | null : T[K] };
-
 /** Of messages that come newest first, as many as fit in {@link PAGE_BYTES}, but one at least: ascending. */
 function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
@@ -798,50 +681,29 @@ function newestThatFit(newestFirst: Iterable<Message>): Message[] {
 
 // ─── Broker: SQLite, the default ─────────────────────────────────────────────────────────────────────────────────────
 
-/**
- * The keys of a room's kept messages, and of as many before them, which do not count. In memory, because an index on
- * random keys costs ten times the insert. In two maps, of which the older is dropped as a whole, because a Map that
- * loses its oldest entries one by one gets slow.
- */
-class RecentKeys {
-  #newer = new Map<string, number>();
-  #older = new Map<string, number>();
-
-  constructor(readonly history: number) {}
-
-  /** The seq of a key, if its message is one of the newest `history` up to `last`. */
-  get(key: string, last: number): number | undefined {
-    const seq = this.#newer.get(key) ?? this.#older.get(key);
-    return seq !== undefined && seq > last - this.history ? seq : undefined;
-  }
-
-  set(key: string, seq: number): void {
-    this.#newer.set(key, seq);
-    if (this.#newer.size < this.history) return;
-    this.#older = this.#newer;
-    this.#newer = new Map();
-  }
-}
-
 const INSERT_ROOM = "INSERT INTO rooms (name, epoch) VALUES (?, ?)";
 const INSERT_MESSAGE = `INSERT INTO messages (room, seq, at, name, sender, text, removes, removed, key)
   VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`;
 const COLUMNS = 'seq, at, messages.name, sender AS "from", text, removes, removed, key';
-type Row = Nullable<Message> & { seq: number };
+type Row = { [Column in keyof Message]-?: Message[Column] | null };
+
+function messageOf(row: Row): Message {
+  const { seq, at, name, from, text, removes, removed, key } = row as Required<Row>;
+  const kept = { seq, at, name, from: from ?? undefined, text, removes: removes ?? undefined } as Message;
+  return { ...kept, removed: removed ? true : undefined, key: key ?? undefined };
+}
 
 /** Keeps the logs in one SQLite file. Posts that wait together are committed in one transaction, then delivered. */
 class SqliteBroker implements Broker {
   readonly #db: Database;
-  /** Held for life, so that a second server on the same file is refused; the system frees it when the process dies. */
-  readonly #lock: Database | undefined;
+  readonly #close: () => void;
   readonly #insert: Statement;
   readonly #select: Statement<Row, [number, number, number]>;
-  /** Stores posts, or none of them. */
-  readonly #storeAll: (posts: Post[]) => Outcome[];
+  readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // or none of them
   readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
+  readonly #outage: Outage;
   #trimming: Timer | undefined;
   #expiring: Timer | undefined;
-  readonly #outage: Outage;
 
   /** @throws StartError when the database cannot be opened and written */
   constructor(
@@ -849,13 +711,13 @@ class SqliteBroker implements Broker {
     readonly rooms: Rooms,
     readonly log: Logger,
   ) {
-    const { db, lock } = openLocked(config);
+    const { db, close } = openLocked(config);
     this.#db = db;
-    this.#lock = lock;
-    this.#outage = new Outage(log);
+    this.#close = close;
     this.#insert = db.query(INSERT_MESSAGE);
     this.#select = db.query(`SELECT ${COLUMNS} FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC`);
     this.#storeAll = db.transaction((posts: Post[]) => posts.map((post) => this.#store(post))).immediate;
+    this.#outage = new Outage(log);
   }
 
   async start(): Promise<void> {
@@ -884,9 +746,63 @@ class SqliteBroker implements Broker {
     this.#gatherer.add(post, post.text.length);
   }
 
+  /** Stores posts in one transaction, then delivers them. */
+  #commit(posts: Post[]): void {
+    const stored = new Map<Room, Message[]>();
+    const answers: [Post, Answer][] = [];
+    try {
+      // One post to a room that is there is one statement, which SQLite commits by itself, for less.
+      const isStatement = posts.length === 1 && posts.every(({ room, removes }) => room.row > 0 && !removes);
+      const outcomes = isStatement ? posts.map((post) => this.#store(post)) : this.#storeAll(posts);
+      for (const [i, post] of posts.entries()) {
+        const outcome = outcomes[i] as Message | Answer;
+        if (typeof outcome !== "object") answers.push([post, outcome]);
+        else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
+      }
+    } catch (error) {
+      this.#outage.begins(`The database cannot be written, posts are refused: ${(error as Error).message}`);
+      for (const { room } of posts) this.rooms.lose(room, "The message could not be stored"); // RULE 3
+      return;
+    }
+    this.#outage.ends("The database can be written again.");
+    // RULE 1: no await from the commit to here, nor in `deliver`.
+    for (const [room, messages] of stored) this.rooms.deliver(room, messages);
+    for (const [post, answer] of answers) this.rooms.answer(post, answer);
+    for (const room of stored.keys()) this.#trimSoon(room);
+  }
+
+  /** Writes a post as the next message of its room. What it changes in the room is right, or the commit fails and loses it. */
+  #store({ room, sender, ...post }: Post): Message | Answer {
+    const { at, name, from, text, removes, key } = post;
+    const known = key && (room.keys ??= this.#loadKeys(room)).get(key);
+    if (known && known > room.last - this.config.history) return known;
+    const refusal = removes && this.#erase(room, removes, sender);
+    if (refusal) return refusal;
+    if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
+    const seq = ++room.last;
+    this.#insert.run(room.row, seq, at, name, from ?? null, text, removes ?? null, null, key ?? null);
+    if (key) room.keys?.set(key, seq);
+    return { seq, ...post };
+  }
+
+  /** Deletes the text of a message that is taken back, or says why not. */
+  #erase(room: Room, seq: number, { visitor: { from, role } }: Member): Answer | undefined {
+    const target = this.#select.get(room.row, seq, seq);
+    if (!target || target.removes !== null || seq <= room.last - this.config.history) return "gone";
+    if (role !== "operator" && !(from && target.from === from)) return "not-yours";
+    if (target.removed) return seq;
+    this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
+    return undefined;
+  }
+
+  /** In memory, because an index on random keys costs ten times the insert. */
+  #loadKeys(room: Room): Map<string, number> {
+    const keys = "SELECT key, seq FROM messages WHERE room = ? AND key IS NOT NULL ORDER BY seq";
+    return new Map(this.#db.query<never, [number]>(keys).values(room.row) as [string, number][]);
+  }
+
   async read(room: Room, from: number, to: number): Promise<Message[]> {
-    const rows = Iterator.from(this.#select.iterate(room.row, from, to));
-    return newestThatFit(rows.map((row) => makeMessage(row.seq, row)));
+    return newestThatFit(Iterator.from(this.#select.iterate(room.row, from, to)).map(messageOf));
   }
 
   announce(): void {} // one server is all there is
@@ -900,80 +816,19 @@ class SqliteBroker implements Broker {
   stop(): void {
     clearTimeout(this.#trimming);
     clearInterval(this.#expiring);
-    closeDatabase(this.#db);
-    this.#lock?.close();
+    this.#close();
   }
 
-  /** Stores posts in one transaction, then delivers them. */
-  #commit(posts: Post[]): void {
-    const stored = new Map<Room, Message[]>();
-    const answers: [Post, Exclude<Outcome, Message>][] = [];
-    try {
-      const [only] = posts;
-      // One post to a room that is there is one statement, which SQLite commits by itself, for less.
-      const isStatement = posts.length === 1 && only && only.room.row > 0 && !only.removes;
-      const outcomes = isStatement ? [this.#store(only)] : this.#storeAll(posts);
-      for (const [i, post] of posts.entries()) {
-        const outcome = outcomes[i] as Outcome;
-        if (typeof outcome !== "object") answers.push([post, outcome]);
-        else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
-      }
-    } catch (error) {
-      this.#outage.begins(`The database cannot be written, posts are refused: ${(error as Error).message}`);
-      for (const { room } of posts) this.rooms.lose(room, "The message could not be stored"); // RULE 3
-      return;
-    }
-    this.#outage.ends("The database can be written again.");
-    // RULE 1: no await from the commit to here, nor in `deliver`.
-    for (const [room, messages] of stored) this.rooms.deliver(room, messages);
-    for (const [post, outcome] of answers) this.rooms.answer(post, outcome);
-    for (const room of stored.keys()) this.#trimSoon(room);
-  }
-
-  /** Writes a post as the next message of its room. What it changes in the room is right, or the commit fails and loses it. */
-  #store(post: Post): Outcome {
-    const { room, at, name, from, text, removes, key } = post;
-    if (key) {
-      room.keys ??= this.#loadKeys(room);
-      const known = room.keys.get(key, room.last);
-      if (known) return known;
-    }
-    const refusal = removes && this.#erase(post, removes);
-    if (refusal) return refusal;
-    if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
-    const seq = ++room.last;
-    this.#insert.run(room.row, seq, at, name, from ?? null, text, removes ?? null, null, key ?? null);
-    if (key) room.keys?.set(key, seq);
-    return makeMessage(seq, post);
-  }
-
-  /** Deletes the text of a message that is taken back, or says why not. */
-  #erase({ room, from, sender }: Post, seq: number): Outcome | undefined {
-    const target = this.#select.get(room.row, seq, seq);
-    if (!target || target.removes !== null || seq <= room.last - this.config.history) return "gone";
-    const isOwn = from !== undefined && target.from === from;
-    if (!isOwn && sender.visitor.role !== "operator") return "not-yours";
-    if (target.removed) return seq;
-    this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
-    return undefined;
-  }
-
-  #loadKeys(room: Room): RecentKeys {
-    const keys = new RecentKeys(this.config.history);
-    const rows = this.#db.query<{ key: string; seq: number }, [number, number]>(
-      "SELECT key, seq FROM messages WHERE room = ? AND seq > ? AND key IS NOT NULL ORDER BY seq",
-    );
-    for (const { key, seq } of rows.iterate(room.row, room.last - this.config.history)) keys.set(key, seq);
-    return keys;
-  }
-
-  /** Deletes the oldest messages of a room when a step of them is too many, so that posts get in between. */
+  /** Deletes a step of a room's oldest messages when it has so many too many. */
   #trimSoon(room: Room): void {
     if (room.last - room.first + 1 < this.config.history + STEP_MESSAGES) return;
     this.#trimming ??= setTimeout(() => {
       this.#trimming = undefined;
       try {
-        this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ?").run(room.row, room.first + STEP_MESSAGES);
+        const step = "DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key";
+        for (const [key] of this.#db.query(step).values(room.row, room.first + STEP_MESSAGES)) {
+          room.keys?.delete(key as string);
+        }
       } catch (error) {
         return this.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
       }
@@ -982,42 +837,33 @@ class SqliteBroker implements Broker {
     }, GATHER_MS);
   }
 
-  /** Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, a step at a time. */
+  /** Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, one at a time. */
   async #forgetIdle(): Promise<void> {
     const newest = "SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1";
     const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(
-      `SELECT id, name FROM rooms WHERE id >= ? AND (${newest}) < ? ORDER BY id LIMIT 1`,
+      `SELECT id, name FROM rooms WHERE id > ? AND (${newest}) < ? ORDER BY id LIMIT 1`,
     );
-    const before = Date.now() - this.config.idleDays * DAY_SECONDS * 1000;
+    const since = Date.now() - this.config.idleDays * DAY_SECONDS * 1000;
     try {
-      // Each step looks anew, for a room may be used again at any time.
-      for (let from = 0, room; (room = nextIdle.get(from, before)); await Bun.sleep(GATHER_MS)) {
-        const isOpen = this.rooms.isOpen(room.name);
-        const isGone = !isOpen && this.#forgetSome(room.id);
-        if (isGone) this.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
-        if (isOpen || isGone) from = room.id + 1;
+      for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
+        id = room.id;
+        this.#gatherer.flush(); // a post of a client that has just left would go to a room that is not there
+        if (this.rooms.open.has(room.name)) continue;
+        this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
+        this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
+        this.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
       }
     } catch (error) {
       this.log("error", `Idle rooms cannot be forgotten now: ${(error as Error).message}`);
     }
   }
-
-  /** Deletes a room's oldest messages, and with the last ones the room. Returns whether it is gone. */
-  #forgetSome(id: number): boolean {
-    this.#gatherer.flush(); // a post of a client that has just left would go to a room that is not there
-    const some = "DELETE FROM messages WHERE room = ?1 AND seq < (SELECT min(seq) FROM messages WHERE room = ?1) + ?2";
-    const empty = "DELETE FROM rooms WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM messages WHERE room = ?1)";
-    return this.#db
-      .transaction(() => {
-        this.#db.query(some).run(id, STEP_MESSAGES);
-        return this.#db.query(empty).run(id).changes > 0;
-      })
-      .immediate();
-  }
 }
 
-/** Opens the database and keeps every other server off it. @throws StartError when it cannot be opened and written */
-function openLocked({ db: path, sync }: Config): { db: Database; lock: Database | undefined } {
+/**
+ * Opens the database and keeps every other server off it, by a lock that the system frees when the process dies.
+ * @throws StartError when it cannot be opened and written
+ */
+function openLocked({ db: path, sync }: Config): { db: Database; close: () => void } {
   let lock: Database | undefined;
   try {
     if (path !== ":memory:") {
@@ -1026,7 +872,13 @@ function openLocked({ db: path, sync }: Config): { db: Database; lock: Database 
       lock.run("PRAGMA busy_timeout = 500"); // of two that start at the same moment, one gets it
       lock.run("BEGIN EXCLUSIVE"); // and keeps it: it never ends
     }
-    return { db: openDatabase(path, sync), lock };
+    const db = openDatabase(path, sync);
+    const close = () => {
+      db.run("PRAGMA wal_checkpoint(TRUNCATE)"); // so that no text that was taken back is left there
+      db.close();
+      lock?.close();
+    };
+    return { db, close };
   } catch (error) {
     lock?.close();
     const isLocked = (error as { code?: string }).code === "SQLITE_BUSY";
@@ -1057,12 +909,6 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   return db;
 }
 
-/** Empties the write-ahead log into the database, so that no text that was taken back is left there. */
-function closeDatabase(db: Database): void {
-  db.run("PRAGMA wal_checkpoint(TRUNCATE)");
-  db.close();
-}
-
 // ─── Broker: Redis, for more than one server ─────────────────────────────────────────────────────────────────────────
 //
 // Keys, after CHAT_PREFIX:       room:<room>  hash: epoch, and the seq of the newest message
@@ -1075,21 +921,15 @@ function closeDatabase(db: Database): void {
 // The log is the truth, the channel only the quick way to hear of it. A server delivers what it hears if that is exactly
 // what comes next; anything else is doubt (RULE 3).
 
-/** Milliseconds for an answer of Redis. */
-const REDIS_MS = 2500;
-/** Milliseconds between two tries to reach Redis: the first, and the longest. */
-const RETRY_MS = 50;
+const RETRY_MS = 50; // between two tries to reach Redis: the first, and the longest
 const MAX_RETRY_MS = 1000;
-/** Milliseconds between two heartbeats of a server, and without one after which its people are gone. */
-const HEARTBEAT_MS = 3000;
-const ALIVE_MS = 9000;
-/** Messages over CHAT_HISTORY that are trimmed together. */
-const TRIM_TOGETHER = 100;
-/** Seconds that a room lives at least after it was opened; and heartbeats after which an open one is given them again. */
-const OPEN_SECONDS = 3600;
-const KEEP_BEATS = 600;
-/** Hexadecimal digits of an epoch that name the log in Redis. Those after them name the run of Redis. */
-const LOG_DIGITS = 16;
+const HEARTBEAT_MS = 2000; // between two heartbeats of a server
+const SILENT_MS = 5000; // without a byte, after which a connection is given up: on each a heartbeat goes or comes
+const ALIVE_MS = 9000; // without a heartbeat, after which a server's people are gone
+const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
+const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
+const KEEP_BEATS = 900; // after which an open room is given OPEN_SECONDS again
+const LOG_DIGITS = 16; // of an epoch: they name the log in Redis, those after them the run of Redis
 
 /** What every script on a room begins with. KEYS: room, log, keys. */
 const SCRIPT_HEAD = `
@@ -1172,47 +1012,14 @@ type StoredNotice = { readonly epoch: string; readonly messages: Message[] };
 type ServerNotice = { readonly server: string; readonly here?: Here; readonly typing?: string };
 
 /** The two connections to a Redis: they are used together, and replaced together when either fails. */
-class Link {
+interface Link {
   readonly commands: Bun.RedisClient;
   readonly subscriber: Bun.RedisClient;
   /**
    * Names the run of Redis: its process and its data set. It is part of every epoch, so that a log that has lost
    * something is never taken for the one that a client has seen.
    */
-  run = "";
-  #error: Error | undefined;
-  #wake = ignore;
-
-  constructor(url: string) {
-    this.commands = connectRedis(url);
-    this.subscriber = connectRedis(url);
-    this.commands.onclose = this.subscriber.onclose = () => this.fail(new Error("the connection was closed"));
-  }
-
-  fail(error: Error): void {
-    this.#error ??= error;
-    this.#wake();
-  }
-
-  /** Waits; throws as soon as a connection has failed. */
-  async pause(ms: number): Promise<void> {
-    const { promise, resolve } = Promise.withResolvers<void>();
-    this.#wake = resolve;
-    const timer = setTimeout(resolve, ms);
-    if (!this.#error) await promise;
-    clearTimeout(timer);
-    if (this.#error) throw this.#error;
-  }
-
-  /** Waits for an answer. That it does not come in {@link REDIS_MS} is a fault of the connection; a refusal is not. */
-  async answer<T>(answer: Promise<T>): Promise<T> {
-    try {
-      return await inTime(answer, REDIS_MS);
-    } catch (error) {
-      if ((error as { code?: string }).code !== "ERR_REDIS_SERVER_ERROR") this.fail(error as Error);
-      throw error;
-    }
-  }
+  run: string;
 }
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
@@ -1224,10 +1031,7 @@ class RedisBroker implements Broker {
   /** When there was last a sign of life of each server, on the monotonic clock. */
   readonly #alive = new Map<string, number>();
   #beats = 0;
-  /** Own heartbeats that were not heard yet, and what to do when they are. */
-  readonly #echoes = new Map<string, () => void>();
-  /** Rooms whose posts are being stored. */
-  #storing = 0;
+  #storing = 0; // rooms whose posts are being stored
   readonly #gatherer = new Gatherer<{ room: Room; notice: StoredNotice }>((heard) => {
     for (const [room, some] of Map.groupBy(heard, ({ room }) => room))
       this.#deliver(
@@ -1254,11 +1058,11 @@ class RedisBroker implements Broker {
   }
 
   async open(room: Room): Promise<void> {
-    const link = this.#linkOrThrow();
-    await link.answer(link.subscriber.subscribe(this.#channel(room), (text) => this.#onNotice(room, text)));
+    const { subscriber, run } = this.#linkOrThrow();
+    await subscriber.subscribe(this.#channel(room), (text) => this.#onNotice(room, text));
     const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
     if (room.state === "closed") return;
-    room.epoch = epoch + link.run;
+    room.epoch = epoch + run;
     room.first = last - length + 1;
     room.last = last;
     room.state = "open";
@@ -1305,7 +1109,7 @@ class RedisBroker implements Broker {
       const rest = JSON.stringify({ at, name, from, text, removes, key }).slice(1);
       args.push(key ?? "", `${removes ?? ""}`, whose, rest);
     }
-    const answers = (await this.#run(STORE_SCRIPT, room, args)) as (number | "gone" | "not-yours")[] | null;
+    const answers = (await this.#run(STORE_SCRIPT, room, args)) as Answer[] | null;
     if (!answers) throw new Error(`the log of ${room} is another one`);
     for (const [i, answer] of answers.entries()) {
       if (typeof answer === "string") this.rooms.answer(posts[i] as Post, answer);
@@ -1315,18 +1119,14 @@ class RedisBroker implements Broker {
 
   /** Something was said on a room's channel. */
   #onNotice(room: Room, text: string): void {
-    try {
-      const notice = JSON.parse(text) as StoredNotice | ServerNotice;
-      if ("epoch" in notice) return this.#gatherer.add({ room, notice }, text.length);
-      const { server, here, typing } = notice;
-      if (server === this.#server) return;
-      this.#alive.set(server, performance.now());
-      if (typing !== undefined) this.rooms.typing(room, typing);
-      else if (here) this.rooms.presentElsewhere(room, server, here);
-      else this.rooms.announceAgain(room);
-    } catch (error) {
-      this.rooms.lose(room, `A notice cannot be read: ${error}`); // an error that leaves a listener ends the process
-    }
+    const notice = JSON.parse(text) as StoredNotice | ServerNotice;
+    if ("epoch" in notice) return this.#gatherer.add({ room, notice }, text.length);
+    const { server, here, typing } = notice;
+    if (server === this.#server) return;
+    this.#alive.set(server, performance.now());
+    if (typing !== undefined) this.rooms.typing(room, typing);
+    else if (here) this.rooms.presentElsewhere(room, server, here);
+    else this.rooms.announceAgain(room);
   }
 
   /** Delivers what was heard of a room, if it is exactly what comes next. */
@@ -1364,17 +1164,16 @@ class RedisBroker implements Broker {
   }
 
   async drain(): Promise<void> {
-    const finish = async (link: Link) => {
-      while (this.#storing > 0) await Bun.sleep(GATHER_MS);
-      await this.#beat(link); // what was stored before this heartbeat is heard before it
-    };
-    if (this.#link) await inTime(finish(this.#link), DRAIN_MS).catch(ignore);
+    for (const until = performance.now() + DRAIN_MS; this.#storing > 0 && performance.now() < until;) {
+      await Bun.sleep(GATHER_MS);
+    }
+    await Bun.sleep(GATHER_MS); // what was stored is heard by now
     this.#gatherer.flush();
   }
 
   stop(): void {
     this.#isStopped = true;
-    this.#link?.fail(new Error("the server stops"));
+    this.#link?.commands.close();
   }
 
   // ── The link ──
@@ -1382,22 +1181,25 @@ class RedisBroker implements Broker {
   /** Keeps the link, for ever: when a connection fails, both are replaced, and every room is lost. */
   async #keepLink(tried: () => void): Promise<void> {
     for (let retry = RETRY_MS; !this.#isStopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
-      const link = new Link(this.url);
+      const link: Link = { commands: connectRedis(this.url), subscriber: connectRedis(this.url), run: "" };
+      const fault = new AbortController();
+      link.commands.onclose = link.subscriber.onclose = (error) => fault.abort(error);
       try {
         await this.#connect(link);
         this.#link = link;
         this.#outage.ends("Redis can be used again.");
         retry = RETRY_MS;
         tried();
-        await this.#beatUntilBroken(link);
+        for (;;) await this.#beat(link).then(() => sleep(HEARTBEAT_MS, undefined, fault));
       } catch (error) {
-        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${(error as Error).message}.`;
+        const { message } = fault.signal.aborted ? fault.signal.reason : error;
+        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}.`;
         if (!this.#isStopped) this.#outage.begins(`${why} Trying again until it can.`);
       }
       this.#link = undefined;
       link.commands.close();
       link.subscriber.close();
-      for (const room of this.rooms.of(this)) this.rooms.lose(room, "The store cannot be reached"); // RULE 3
+      for (const room of this.#rooms()) this.rooms.lose(room, "The store cannot be reached"); // RULE 3
       tried();
       if (!this.#isStopped) await Bun.sleep(retry);
     }
@@ -1407,48 +1209,36 @@ class RedisBroker implements Broker {
   async #connect(link: Link): Promise<void> {
     const { commands, subscriber } = link;
     const { prefix } = this.config;
-    await link.answer(Promise.all([commands.connect(), subscriber.connect()]));
-    await link.answer(commands.send("SET", [`${prefix}data`, randomHex(64), "NX"]));
+    await Promise.all([commands.connect(), subscriber.connect()]);
+    await commands.send("SET", [`${prefix}data`, randomHex(64), "NX"]);
     link.run = await this.#readRun(link);
-    await link.answer(subscriber.subscribe(`${prefix}servers`, (heartbeat) => this.#onHeartbeat(heartbeat)));
+    await subscriber.subscribe(`${prefix}servers`, (server) => void this.#alive.set(server, performance.now()));
   }
 
   /** Names the Redis process and its data set as they are now. */
-  async #readRun(link: Link): Promise<string> {
-    const { commands } = link;
+  async #readRun({ commands }: Link): Promise<string> {
     const asked = [commands.send("INFO", ["server"]), commands.send("GET", [`${this.config.prefix}data`])];
-    const [info, data] = (await link.answer(Promise.all(asked))) as [string, string | null];
+    const [info, data] = (await Promise.all(asked)) as [string, string | null];
     return sha256(`${/run_id:(\w+)/.exec(info)?.[1]} ${data}`, "hex").slice(0, 12);
   }
 
-  async #beatUntilBroken(link: Link): Promise<never> {
-    for (;;) {
-      await this.#beat(link);
-      for (const [server, at] of this.#alive) if (performance.now() - at > ALIVE_MS) this.#forget(server);
-      if (this.#beats % KEEP_BEATS === 0) for (const room of this.rooms.of(this)) this.#keep(room);
-      await link.pause(HEARTBEAT_MS);
-    }
-  }
-
-  /** Says that this server lives, and finds out whether it still hears, and whether Redis is still the same. */
+  /** Says that this server lives, and finds out who else does, and whether Redis is still the same. */
   async #beat(link: Link): Promise<void> {
-    const heartbeat = `${this.#server} ${++this.#beats}`;
-    const echo = new Promise<void>((resolve) => this.#echoes.set(heartbeat, resolve));
-    await link.answer(link.commands.publish(`${this.config.prefix}servers`, heartbeat));
-    await link.answer(echo);
+    await link.commands.publish(`${this.config.prefix}servers`, this.#server);
     if ((await this.#readRun(link)) !== link.run) throw new Error("it has lost something, or is another one");
-  }
-
-  #onHeartbeat(heartbeat: string): void {
-    this.#alive.set(heartbeat.split(" ")[0] as string, performance.now());
-    this.#echoes.get(heartbeat)?.();
-    this.#echoes.delete(heartbeat);
+    for (const [server, at] of this.#alive) if (performance.now() - at > ALIVE_MS) this.#forget(server);
+    if (++this.#beats % KEEP_BEATS === 0) for (const room of this.#rooms()) this.#keep(room);
   }
 
   /** Forgets the people of a server that is silent. */
   #forget(server: string): void {
     this.#alive.delete(server);
-    for (const room of this.rooms.of(this)) this.rooms.presentElsewhere(room, server, undefined);
+    for (const room of this.#rooms()) this.rooms.presentElsewhere(room, server, undefined);
+  }
+
+  /** Its open rooms. */
+  #rooms(): Room[] {
+    return [...this.rooms.open.values()].filter((room) => room.broker === this);
   }
 
   /** Keeps an open room from expiring. */
@@ -1466,8 +1256,8 @@ class RedisBroker implements Broker {
 
   /** Sent whole: by its hash, it would have to be sent again to a Redis that has forgotten it. */
   async #run(script: string, room: Room, args: string[]): Promise<unknown> {
-    const link = this.#linkOrThrow();
-    return link.answer(link.commands.send("EVAL", [script, "3", ...roomKeys(this.config, room.name), ...args]));
+    const keys = roomKeys(this.config, room.name);
+    return this.#linkOrThrow().commands.send("EVAL", [script, "3", ...keys, ...args]);
   }
 
   #channel({ name }: Room): string {
@@ -1491,8 +1281,17 @@ function roomKeys({ prefix }: Config, room: string): string[] {
 }
 
 /** A connection that is never made again by itself: it is replaced. */
-function connectRedis(url: string): Bun.RedisClient {
-  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: REDIS_MS });
+function connectRedis(url: string, idleTimeout = SILENT_MS): Bun.RedisClient {
+  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
+}
+
+/**
+ * Which of several Redis keeps a room: the one whose hash with the room's name is the highest (rendezvous hashing). So the
+ * order of the list does not matter, and one more Redis takes only its share of the rooms.
+ */
+function homeOf(room: string, urls: readonly string[]): number {
+  const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
+  return hashes.reduce((best, hash, i) => (hash > (hashes[best] as string) ? i : best), 0);
 }
 
 /** Rejects when a promise takes too long. */
@@ -1512,15 +1311,12 @@ type Hello = { readonly last: number; readonly json: string };
 
 /** All open rooms of this server: gives what is stored to everyone, lets members in and out, and loses rooms. */
 class Rooms {
-  /** What `startChat` makes for these rooms. */
-  server!: Bun.Server<Member>;
+  server!: Bun.Server<Member>; // this and the next two are made by `startChat`
   inbox!: Inbox;
   brokerOf!: (room: string) => Broker;
-  readonly #rooms = new Map<string, Room>();
-  /** The newest hello of a room, made once for each change. */
-  readonly #hellos = new Map<Room, Promise<Hello>>();
-  /** When an unreadable log was last told, on the monotonic clock. */
-  #toldAt = -Infinity;
+  readonly open = new Map<string, Room>(); // the rooms that somebody is in, by name
+  readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
+  #toldAt = -Infinity; // when an unreadable log was last told, on the monotonic clock
 
   constructor(
     readonly config: Config,
@@ -1530,23 +1326,24 @@ class Rooms {
   /** Sends stored messages to everyone in their room. They come in the order of seq, without a gap. */
   deliver(room: Room, messages: Message[]): void {
     // RULE 1: no await since SQLite has committed them, or Redis has notified of them.
-    if (this.config.logLevel === "debug") {
-      for (const { seq, name, text } of messages) this.log("debug", `${room} #${seq} ${name}: ${JSON.stringify(text)}`);
-    }
     this.#hellos.delete(room);
     for (const missed of room.pendingJoins) missed.push(...messages);
-    const { server } = this;
-    if (server.subscriberCount(room.chatTopic) > 0) {
-      server.publish(room.chatTopic, encode({ type: "messages", messages }), false);
+    if (this.server.subscriberCount(room.chatTopic) > 0) this.#publish(room, { type: "messages", messages });
+    if (this.server.subscriberCount(room.plainTopic) > 0) {
+      for (const { text, removes } of messages) if (!removes) this.server.publish(room.plainTopic, text, false);
     }
-    if (server.subscriberCount(room.plainTopic) === 0) return;
-    for (const { text, removes } of messages) if (!removes) server.publish(room.plainTopic, text, false);
+    if (this.config.logLevel !== "debug") return;
+    for (const { seq, name, text } of messages) this.log("debug", `${room} #${seq} ${name}: ${JSON.stringify(text)}`);
+  }
+
+  #publish(room: Room, frame: ServerFrame): void {
+    this.server.publish(room.chatTopic, encode(frame), false);
   }
 
   /** Tells a sender what became of a post that is no new message: it is in the log already, or is refused. */
-  answer({ sender: { ws }, key = "" }: Post, outcome: Exclude<Outcome, Message>): void {
-    const isStored = typeof outcome === "number";
-    ws.send(encode(isStored ? { type: "ack", key, seq: outcome } : errorFrame(outcome, undefined, key)));
+  answer({ sender: { ws }, key = "" }: Post, answer: Answer): void {
+    const isStored = typeof answer === "number";
+    ws.send(encode(isStored ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
   }
 
   /** RULE 3: whoever is in the room comes back and resumes. */
@@ -1562,26 +1359,19 @@ class Rooms {
 
   /** A log cannot be read. */
   unreadable(room: Room, { message }: Error): void {
-    const isNew = room.state !== "closed" && performance.now() - this.#toldAt > 60_000;
-    if (isNew) this.log("error", `The log of ${room} cannot be read: ${message}`);
-    if (isNew) this.#toldAt = performance.now(); // a line a minute, as clients try again
+    if (room.state === "closed") return;
+    if (performance.now() - this.#toldAt > 60_000) {
+      this.#toldAt = performance.now(); // a line a minute, as clients try again
+      this.log("error", `The log of ${room} cannot be read: ${message}`);
+    }
     this.lose(room, "The store cannot be reached"); // RULE 3
-  }
-
-  isOpen(name: string): boolean {
-    return this.#rooms.has(name);
-  }
-
-  /** The open rooms that a broker keeps. */
-  of(broker: Broker): Room[] {
-    return [...this.#rooms.values()].filter((room) => room.broker === broker);
   }
 
   #close(room: Room): void {
     room.state = "closed";
     clearTimeout(room.presenceTimer);
     this.#hellos.delete(room);
-    this.#rooms.delete(room.name);
+    this.open.delete(room.name);
     room.broker.close(room);
   }
 
@@ -1590,23 +1380,22 @@ class Rooms {
   /** A socket opened: joins its room. */
   enter(ws: Socket): void {
     const member = ws.data;
-    if (member.state === "refused") return ws.close(CLOSE.password, "A password is needed.");
-    const room = this.#rooms.get(member.visitor.roomName) ?? this.#open(member.visitor.roomName);
+    if (member.state === "refused") return ws.close(CLOSE.login, "A password is needed.");
+    const { roomName } = member.visitor;
+    let room = this.open.get(roomName);
+    if (!room) {
+      room = new Room(roomName, this.brokerOf(roomName));
+      this.open.set(roomName, room);
+      room.opened = room.broker.open(room);
+    }
     member.ws = ws;
     member.room = room;
     room.members.add(member);
-    this.#join(member).catch((error: Error) => this.unreadable(room, error));
+    this.#join(member, room).catch((error: Error) => this.unreadable(room, error));
   }
 
-  #open(name: string): Room {
-    const room = new Room(name, this.brokerOf(name));
-    this.#rooms.set(name, room);
-    room.opened = room.broker.open(room);
-    return room;
-  }
-
-  async #join(member: Member): Promise<void> {
-    const { room, ws, visitor } = member;
+  async #join(member: Member, room: Room): Promise<void> {
+    const { ws, visitor } = member;
     await room.opened;
     if (visitor.resume?.epoch === room.epoch && visitor.resume.after > room.last) await Bun.sleep(BEHIND_MS);
     const missed: Message[] = [];
@@ -1632,7 +1421,36 @@ class Rooms {
     ws.send(`${own.slice(0, -1)},${json.slice(1)}`);
     const messages = missed.filter(({ seq }) => seq > last);
     if (messages.length > 0) ws.send(encode({ type: "messages", messages }));
-    if (visitor.hasBadName) ws.send(encode(errorFrame("bad-name")));
+  }
+
+  /** The hello for a client that comes back, as far as it can resume; else the newest one. */
+  async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
+    const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
+    const count = room.last - from + 1;
+    if (from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES) {
+      return this.#makeHello(room, from, true);
+    }
+    let newest = this.#hellos.get(room);
+    if (!newest) {
+      newest = this.#makeHello(room, Math.max(firstKept(room, this.config), room.last - PAGE_MESSAGES + 1), false);
+      newest.catch(() => this.#hellos.delete(room)); // the next who joins reads again
+      const [oldest] = this.#hellos.size < CACHED_HELLOS ? [] : this.#hellos.keys();
+      if (oldest) this.#hellos.delete(oldest);
+      this.#hellos.set(room, newest);
+    }
+    return newest;
+  }
+
+  async #makeHello(room: Room, from: number, isResume: boolean): Promise<Hello> {
+    const { epoch, last } = room;
+    const messages = await room.broker.read(room, from, last);
+    const resumed = isResume && messages.length === last - from + 1; // or what it missed is too long for one frame
+    if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
+    const limits = { text: MAX_TEXT, name: MAX_NAME };
+    return {
+      last,
+      json: JSON.stringify({ epoch, first: firstKept(room, this.config), last, resumed, messages, limits }),
+    };
   }
 
   /** A socket closed. What it sent within its rate is stored; the rest of its queue is dropped. */
@@ -1653,42 +1471,6 @@ class Rooms {
     room.members.delete(member);
     if (room.members.size > 0) this.presenceChanged(room);
     else if (room.state !== "closed") this.#close(room);
-  }
-
-  /** The hello for a client that comes back, as far as it can resume; else the newest one. */
-  async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
-    const { last } = room;
-    const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
-    const count = last - from + 1;
-    if (from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES) {
-      const messages = await room.broker.read(room, from, last);
-      if (messages.length === count) return this.#makeHello(room, last, true, messages);
-      // else they were too long for one frame
-    }
-    let hello = this.#hellos.get(room);
-    if (!hello) {
-      hello = this.#readNewest(room);
-      hello.catch(() => this.#hellos.delete(room)); // the next who joins reads again
-      const [oldest] = this.#hellos.keys();
-      if (oldest && this.#hellos.size >= CACHED_HELLOS) this.#hellos.delete(oldest);
-      this.#hellos.set(room, hello);
-    }
-    return hello;
-  }
-
-  async #readNewest(room: Room): Promise<Hello> {
-    const { last } = room;
-    const from = Math.max(firstKept(room, this.config), last - PAGE_MESSAGES + 1);
-    return this.#makeHello(room, last, false, await room.broker.read(room, from, last));
-  }
-
-  #makeHello(room: Room, last: number, resumed: boolean, messages: Message[]): Hello {
-    const limits = { text: MAX_TEXT, name: MAX_NAME };
-    const { epoch } = room;
-    return {
-      last,
-      json: JSON.stringify({ epoch, first: firstKept(room, this.config), last, resumed, messages, limits }),
-    };
   }
 
   // ── Presence ──
@@ -1715,7 +1497,7 @@ class Rooms {
 
   /** Somebody types on another server. */
   typing(room: Room, name: string): void {
-    this.server.publish(room.chatTopic, encode({ type: "typing", name }), false);
+    this.#publish(room, { type: "typing", name });
   }
 
   #sendPresence(room: Room): void {
@@ -1728,10 +1510,10 @@ class Rooms {
     const all = [here, ...room.elsewhere.values()];
     const count = new Set(all.flatMap(({ ids }) => ids)).size + all.reduce((sum, { nameless }) => sum + nameless, 0);
     const people = new Map(all.flatMap((each) => each.people).map((person) => [person.from ?? person, person]));
-    const frame = encode({ type: "presence", count, people: [...people.values()].slice(0, PRESENCE_PEOPLE) });
-    if (frame === room.presence) return;
-    room.presence = frame;
-    this.server.publish(room.chatTopic, frame, false);
+    const presence = { count, people: [...people.values()].slice(0, PRESENCE_PEOPLE) };
+    if (JSON.stringify(presence) === room.presence) return;
+    room.presence = JSON.stringify(presence);
+    this.#publish(room, { type: "presence", ...presence });
   }
 
   // ── Dead peers, and the end ──
@@ -1740,8 +1522,7 @@ class Rooms {
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
     for (const { ws, heardAt } of this.#members()) {
-      if (ws.isPaused) continue; // its answers are not read
-      const silent = performance.now() - heardAt;
+      const silent = ws.isPaused ? 0 : performance.now() - heardAt; // while paused, its answers are not read
       if (silent >= silenceMs) ws.terminate();
       else if (silent >= silenceMs / 3) ws.ping();
     }
@@ -1753,7 +1534,7 @@ class Rooms {
   }
 
   #members(): Member[] {
-    return [...this.#rooms.values()].flatMap(({ members }) => [...members]);
+    return [...this.open.values()].flatMap(({ members }) => [...members]);
   }
 }
 
@@ -1781,7 +1562,7 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
   if (!url) return false; // "null": a sandboxed frame or a local file
   const isHost = (host: string | null) => URL.parse(`${url.protocol}//${host}`)?.host === url.host;
   if (isHost(headers.get("host"))) return true;
-  return allowed.some((entry) => (entry.includes("://") ? entry === url.origin : isHost(entry)));
+  return allowed.some((entry) => (entry.includes("://") ? URL.parse(entry)?.origin === url.origin : isHost(entry)));
 }
 
 /** The address that a request comes from, seen past as many proxies as are trusted. */
@@ -1831,66 +1612,36 @@ function idOf(request: Request, room: string): string | undefined {
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
 }
 
-/** One password, and the sessions that it gives: a signed cookie that says when it ends. Nothing of it is stored. */
-class Password {
-  /** Signs cookies and hashes what is compared. Made slowly from the password, so that a stolen cookie is no quick way to it. */
+/**
+ * Asks for a password, where there is one: by a session cookie, which `login` gives, or by `Authorization: Bearer`. The
+ * cookie says whose it is and when it ends, and is signed; nothing of it is stored, and another password ends it.
+ */
+class Access {
+  /** Wrong passwords of both kinds, by address. */
+  readonly wrong = new TokenBuckets<string>(1 / 60, FREE_TRIES);
+  /** Whether there is a password. */
+  readonly asks: boolean;
+  /** Signs cookies and hashes what is compared. Made slowly, so that a stolen cookie is no quick way to a password. */
   readonly #key: Buffer;
   /** The cookie's name: of each password another, since a browser keeps one jar for all the ports of a host. */
   readonly #cookie: string;
 
-  constructor(
-    readonly role: Role,
-    readonly password: string,
-  ) {
-    this.#key = scryptSync(password, "chat session", 32);
-    this.#cookie = `chat-${this.#hash("name of the cookie").toString("hex").slice(0, 8)}`;
-  }
-
-  /** Compares in constant time. */
-  matches(given: string): boolean {
-    return timingSafeEqual(this.#hash(given), this.#hash(this.password));
-  }
-
-  newSession(): string {
-    const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
-    return `${this.#cookie}=${ends}.${this.#hash(ends).toString("base64url")}`;
-  }
-
-  hasSession(request: Request): boolean {
-    const [ends = "", signature = ""] = cookieOf(request, this.#cookie)?.split(".") ?? [];
-    const [given, right] = [Buffer.from(signature, "base64url"), this.#hash(ends)];
-    return given.length === right.length && timingSafeEqual(given, right) && Number(ends) > Date.now() / 1000;
-  }
-
-  #hash(text: string): Buffer {
-    return createHmac("sha256", this.#key).update(text).digest();
-  }
-}
-
-/** Asks for a password, where there is one: by a session cookie, which `login` gives, or by `Authorization: Bearer`. */
-class Access {
-  /** That of the operator opens the chat too. */
-  readonly passwords: Password[] = [];
-  /** Wrong passwords of each address, of both kinds. */
-  readonly wrong = new AddressBuckets(1 / 60, FREE_TRIES);
-
   constructor(readonly config: Config) {
-    if (config.operator !== "") this.passwords.push(new Password("operator", config.operator));
-    if (config.password !== "") this.passwords.push(new Password("guest", config.password));
+    const { password, operator } = config;
+    this.asks = password !== "" || operator !== "";
+    this.#key = this.asks ? scryptSync(`${password}\n${operator}`, "chat session", 32) : Buffer.alloc(0);
+    this.#cookie = `chat-${this.#sign("name of the cookie").slice(0, 8)}`;
   }
 
   /** The role in which a request may come in, or the refusal. */
   check(request: Request, server: Bun.Server<Member>): Role | Response {
-    const session = this.passwords.find((password) => password.hasSession(request));
-    if (session) return session.role;
+    if (!this.asks) return "guest";
+    const [role, ends, signature] = cookieOf(request, this.#cookie)?.split(".") ?? [];
+    const isSigned = this.#isEqual(`${signature}`, this.#sign(`${role}.${ends}`));
+    if (isSigned && Number(ends) > Date.now() / 1000) return role as Role;
     const bearer = /^Bearer (.*)$/i.exec(request.headers.get("authorization") ?? "")?.[1];
-    if (bearer !== undefined && this.passwords.length > 0) {
-      const password = this.#try(bearer, request, server);
-      return password instanceof Response ? password : password.role;
-    }
-    return this.config.password === ""
-      ? "guest"
-      : refuse(401, "A password is needed.", { "WWW-Authenticate": "Bearer" });
+    if (bearer !== undefined) return this.#try(bearer, request, server);
+    return this.config.password === "" ? "guest" : refuse(401, "A password is needed.", BEARER);
   }
 
   /** Answers the page's password form: 204 with a session cookie, 401, or 429 with the seconds to wait. */
@@ -1899,24 +1650,38 @@ class Access {
     if (!originAllowed(request.headers, config.origins)) return refuse(403, "Pages of this origin may not log in.");
     const given = new URLSearchParams(await request.text()).get("password") ?? "";
     // No await from here on: tries that come at the same time are counted one after the other.
-    const password = this.#try(given, request, server);
-    if (password instanceof Response) return password;
-    const cookie = setCookie(password.newSession(), "Strict", SESSION_SECONDS, request, config);
-    return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
+    const role = this.#try(given, request, server);
+    if (role instanceof Response) return role;
+    const session = `${role}.${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
+    const cookie = `${this.#cookie}=${session}.${this.#sign(session)}`;
+    const headers = { "Set-Cookie": setCookie(cookie, "Strict", SESSION_SECONDS, request, config) };
+    return new Response(null, { status: 204, headers });
   }
 
-  /** The password that was given, or the refusal. An address that guesses must wait. */
-  #try(given: string, request: Request, server: Bun.Server<Member>): Password | Response {
-    const bucket = this.wrong.of(networkOf(addressOf(request, server, this.config.proxies)));
-    if (bucket.wait > 0) {
-      return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${Math.ceil(bucket.wait / 1000)}` });
-    }
-    const [found] = this.passwords.filter((password) => password.matches(given)); // all are compared
-    if (found) return found;
-    bucket.take();
-    return refuse(401, "The password is wrong.", { "WWW-Authenticate": "Bearer" });
+  /** The role of whoever gave a password, or the refusal. An address that guesses must wait. */
+  #try(given: string, request: Request, server: Bun.Server<Member>): Role | Response {
+    const { password, operator, proxies } = this.config;
+    const network = networkOf(addressOf(request, server, proxies));
+    const wait = Math.ceil(this.wrong.wait(network) / 1000);
+    if (wait > 0) return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${wait}` });
+    const [isGuest, isOperator] = [password, operator].map((right) => right !== "" && this.#isEqual(given, right));
+    if (isOperator) return "operator";
+    if (isGuest) return "guest";
+    this.wrong.take(network);
+    return refuse(401, "The password is wrong.", BEARER);
+  }
+
+  /** Compares in constant time. */
+  #isEqual(given: string, right: string): boolean {
+    return timingSafeEqual(Buffer.from(this.#sign(given)), Buffer.from(this.#sign(right)));
+  }
+
+  #sign(text: string): string {
+    return createHmac("sha256", this.#key).update(text).digest("hex");
   }
 }
+
+const BEARER = { "WWW-Authenticate": "Bearer" };
 
 // ─── Server: the handshake, the page, start and stop ─────────────────────────────────────────────────────────────────
 
@@ -1952,8 +1717,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   const { server } = rooms;
   const sweeping = setInterval(() => {
     rooms.checkSilence();
-    inbox.addresses.forgetFull();
-    access.wrong.forgetFull();
+    for (const buckets of [inbox.senders, inbox.addresses, access.wrong]) buckets.forgetFull();
   }, config.silenceSeconds * 100);
   const stop = async () => {
     const closed = server.stop(); // accepts no more; its sockets live on
@@ -1980,11 +1744,11 @@ function makeHandlers(config: Config, rooms: Rooms, access: Access, log: Logger)
       const url = URL.parse(request.url);
       if (!url) return refuse(400, "The Host header names no host.");
       if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, config, access);
-      if (request.method === "POST" && access.passwords.length > 0) return access.login(request, server);
+      if (request.method === "POST" && access.asks) return access.login(request, server);
       return page.answer(request);
     },
     error: (error: Error) => {
-      log("error", `A request failed: ${error.stack ?? error.message}`);
+      log("error", `A request failed: ${error.stack}`);
       return refuse(500, "Something went wrong here.");
     },
     websocket: {
@@ -2001,7 +1765,7 @@ function makeHandlers(config: Config, rooms: Rooms, access: Access, log: Logger)
       pong: isHeard,
       close: (ws: Socket, code: number) => rooms.leave(ws, code),
       error: (error: Error, ws: Socket | undefined) => {
-        log("error", `A connection failed: ${error.stack ?? error.message}`);
+        log("error", `A connection failed: ${error.stack}`);
         ws?.close(CLOSE.bug, "Something went wrong here.");
       },
     },
@@ -2010,9 +1774,9 @@ function makeHandlers(config: Config, rooms: Rooms, access: Access, log: Logger)
 
 /** Listens on the configured address. @throws StartError when that is not possible, or a TLS file is bad */
 function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Bun.Server<Member> {
-  const { port, host, reusePort } = config;
-  const tls = readTls(config);
-  // `reusePort` is stated, as with `development: false` Bun would let a second server take the same port.
+  const { port, host, tlsCert, tlsKey } = config;
+  const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
+  const reusePort = config.reusePort === "1"; // stated, as Bun would else share the port when `development` is false
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
@@ -2020,20 +1784,11 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Bun.
     const { code, message } = error as { code?: string; message: string };
     if (code === "EADDRINUSE")
       throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
+    if (tls && /ENOENT|EACCES|OSSL/.test(code ?? "")) {
+      throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${message}`);
+    }
     if (host === "") return Bun.serve({ ...options, hostname: "0.0.0.0" }); // a machine without IPv6
     throw new StartError(`HOST=${host} PORT=${port}: cannot listen: ${message}`);
-  }
-}
-
-/** Reads the PEM files; undefined when there are none. @throws StartError when a file cannot be read, or the key is another's */
-function readTls({ tlsCert, tlsKey }: Config): { cert: string; key: string } | undefined {
-  if (tlsCert === "") return undefined;
-  try {
-    const [cert, key] = [readFileSync(tlsCert, "utf8"), readFileSync(tlsKey, "utf8")];
-    if (new X509Certificate(cert).checkPrivateKey(createPrivateKey(key))) return { cert, key };
-    throw new Error("the key is of another certificate");
-  } catch (error) {
-    throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${(error as Error).message}`);
   }
 }
 
@@ -2067,9 +1822,10 @@ function handshake(
   // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
   if (isRefused && !isChat) return role;
   const name = cleanName(query.get("name") ?? "Guest");
+  if (name === undefined) return refuse(400, ERRORS["bad-name"]);
   const address = addressOf(request, server, config.proxies);
   const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
-  const data = new Member(name ?? "Guest", {
+  const data = new Member(name, {
     roomName,
     address,
     network: networkOf(address),
@@ -2077,7 +1833,6 @@ function handshake(
     from: idOf(request, roomName),
     role: isRefused ? "guest" : role,
     resume: epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined,
-    hasBadName: name === undefined,
   });
   if (isRefused) data.state = "refused";
   // A browser that offers a subprotocol and is answered none closes the connection: the WHATWG WebSockets standard.
@@ -2156,60 +1911,50 @@ export async function* exportMessages(config: Config): AsyncGenerator<Line> {
   for (const url of config.redisUrls) yield* exportRedis(url, config);
 }
 
-/** As they are at one moment. @throws StartError when there is no such database */
 function* exportSqlite({ db: path, history }: Config): Generator<Line> {
-  if (path !== ":memory:" && !existsSync(path)) throw new StartError(`CHAT_DB=${path}: there is no such database.`);
+  if (!existsSync(path)) throw new StartError(`CHAT_DB=${path}: there is no such database.`);
   using db = new Database(path, { readonly: true });
   const rows = db.query<Row & { room: string }, [number]>(
     `SELECT rooms.name AS room, ${COLUMNS} FROM rooms JOIN messages ON room = id
      WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`,
   );
-  for (const row of rows.iterate(history)) yield { room: row.room, ...makeMessage(row.seq, row) };
+  for (const row of rows.iterate(history)) yield { room: row.room, ...messageOf(row) };
 }
 
 async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
-  const redis = connectRedis(url);
-  try {
-    const names = new Set<string>();
-    const match = `${config.prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}log:*`;
-    for (let cursor = ""; cursor !== "0";) {
-      const scan = [cursor || "0", "MATCH", match, "COUNT", `${STEP_MESSAGES}`];
-      const [next, keys] = (await redis.send("SCAN", scan)) as [string, string[]];
-      for (const key of keys) names.add(key.slice(match.length - 1));
-      cursor = next;
+  const redis = connectRedis(url, 0);
+  const match = `${config.prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}room:*`;
+  const rooms = new Set<string>();
+  for (let cursor = ""; cursor !== "0";) {
+    const scan = [cursor || "0", "MATCH", match, "COUNT", `${STEP_MESSAGES}`];
+    const [next, keys] = (await redis.send("SCAN", scan)) as [string, string[]];
+    for (const key of keys) rooms.add(key.slice(`${config.prefix}room:`.length));
+    cursor = next;
+  }
+  for (const room of rooms) {
+    const keys = roomKeys(config, room);
+    const last = Number(await redis.send("HGET", [keys[0] as string, "last"]));
+    for (let from = Math.max(1, last - config.history + 1); from <= last; from += STEP_MESSAGES) {
+      const to = Math.min(last, from + STEP_MESSAGES - 1);
+      const texts = (await redis.send("EVAL", [READ_SCRIPT, "3", ...keys, "", `${from}`, `${to}`])) as string[];
+      for (const text of texts) yield { room, ...(JSON.parse(text) as Message) };
     }
-    for (const room of names) yield* exportRoom(redis, room, config);
-  } finally {
-    redis.close();
   }
-}
-
-async function* exportRoom(redis: Bun.RedisClient, room: string, config: Config): AsyncGenerator<Line> {
-  const keys = roomKeys(config, room);
-  const last = Number(await redis.send("HGET", [keys[0] as string, "last"]));
-  for (let from = Math.max(1, last - config.history + 1); from <= last; from += STEP_MESSAGES) {
-    const to = Math.min(last, from + STEP_MESSAGES - 1);
-    const texts = (await redis.send("EVAL", [READ_SCRIPT, "3", ...keys, "", `${from}`, `${to}`])) as string[];
-    for (const text of texts) yield { room, ...(JSON.parse(text) as Message) };
-  }
+  redis.close();
 }
 
 /** Reads an export and checks all of it, so that a broken one changes nothing. @throws StartError with the line's number */
 function readExport(text: string): Map<string, Line[]> {
   const rooms = new Map<string, Line[]>();
-  const keys = new Set<string>();
   for (const [i, json] of text.split("\n").entries()) {
     if (json === "") continue;
     try {
-      const line = checkedLine(JSON.parse(json));
+      const line = checkedLine(JSON.parse(json) ?? {});
       const lines = rooms.get(line.room) ?? [];
-      const before = lines.at(-1)?.seq ?? line.seq - 1;
-      if (line.seq !== before + 1) throw new Error("it does not follow the one before");
-      const key = line.key && `${line.key} ${line.room}`; // a key has no space
-      if (key && keys.has(key)) throw new Error("its key was there before");
-      if (key) keys.add(key);
-      rooms.set(line.room, lines);
+      const last = lines.at(-1);
+      if (last && last.seq + 1 !== line.seq) throw new Error("it does not follow the one before");
       lines.push(line);
+      rooms.set(line.room, lines);
     } catch (error) {
       throw new StartError(`Line ${i + 1}: ${(error as Error).message}. Nothing was imported.`);
     }
@@ -2217,56 +1962,52 @@ function readExport(text: string): Map<string, Line[]> {
   return rooms;
 }
 
-/** A line of an export, field by field. @throws what is wrong with it */
-function checkedLine(line: Partial<Line> | null): Line {
-  const { room = NaN, seq, at, name, from, text, removes, removed, key } = line ?? {};
-  const valid: Record<string, boolean> = {
+/** A line of an export, with the fields of one and no others. @throws what is wrong with it */
+function checkedLine({
+  room = "",
+  seq = 0,
+  at = NaN,
+  name = "",
+  from,
+  text = "",
+  removes,
+  removed,
+  key,
+}: Partial<Line>): Line {
+  const isText = (value: unknown, form: RegExp) =>
+    value === undefined || (typeof value === "string" && form.test(value));
+  const valid = {
     room: typeof room === "string" && roomOf(encodeURIComponent(room.toWellFormed())) === room,
     seq: isSeq(seq),
-    at: Number.isInteger(at) && !Number.isNaN(new Date(at as number).getTime()),
+    at: Number.isInteger(at) && !Number.isNaN(new Date(at).getTime()),
     name: typeof name === "string" && cleanName(name) === name,
-    from: from === undefined || (typeof from === "string" && ID.test(from)),
-    text: typeof text === "string" && !isTooLong(text) && text.isWellFormed() && (text === "" || !(removes || removed)),
-    removes: removes === undefined || (isSeq(removes) && removes < (seq as number)),
+    from: isText(from, ID),
+    text: typeof text === "string" && !isTooLong(text) && text.isWellFormed() && !(text && (removes || removed)),
+    removes: removes === undefined || (isSeq(removes) && removes < seq),
     removed: removed === undefined || removed === true,
-    key: key === undefined || (typeof key === "string" && KEY.test(key)),
+    key: isText(key, KEY),
   };
-  for (const field in valid) if (!valid[field]) throw new Error(`it has no valid "${field}"`);
-  return { room: room as string, ...makeMessage(seq as number, line as Line) };
+  for (const [field, isValid] of Object.entries(valid)) if (!isValid) throw new Error(`it has no valid "${field}"`);
+  return { room, seq, at, name, from, text, removes, removed, key };
 }
 
 /**
- * Takes an export into the configured store, room by room; each begins a new epoch. A room that is there already stays.
- * @returns how many messages were taken, and the rooms that were not
+ * Takes an export into the configured store, room by room; each begins a new epoch.
+ * @returns how many messages were taken, and the rooms that were not, because they are there already
  * @throws StartError when a line is broken, or a server uses the SQLite file: then nothing has changed
  */
 export async function importMessages(config: Config, text: string): Promise<{ count: number; refused: string[] }> {
   const rooms = readExport(text);
-  const importer = config.redisUrls.length === 0 ? importerOfSqlite(config) : importerOfRedis(config);
-  const refused: string[] = [];
-  let count = 0;
-  try {
-    for (const [room, lines] of rooms) {
-      if (await importer.take(room, lines)) count += lines.length;
-      else refused.push(room);
-    }
-  } finally {
-    importer.close();
-  }
-  return { count, refused };
-}
-
-/** Takes a room with all its messages in one step, unless it is there already. */
-interface Importer {
-  take(room: string, lines: Line[]): Promise<boolean>;
-  close(): void;
+  const refused = config.redisUrls.length === 0 ? importSqlite(config, rooms) : await importRedis(config, rooms);
+  const taken = [...rooms].filter(([room]) => !refused.includes(room));
+  return { count: taken.reduce((sum, [, lines]) => sum + lines.length, 0), refused };
 }
 
 /** A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
-function importerOfSqlite(config: Config): Importer {
-  const { db, lock } = openLocked(config);
+function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
+  const { db, close } = openLocked(config);
   const insert = db.query(INSERT_MESSAGE);
-  const take = db.transaction((room: string, lines: Line[]) => {
+  const isTaken = db.transaction((room: string, lines: Line[]) => {
     if (db.query("SELECT 1 FROM rooms WHERE name = ?").get(room)) return false;
     const { lastInsertRowid: id } = db.query(INSERT_ROOM).run(room, randomHex(64));
     for (const { seq, at, name, from = null, text, removes = null, removed, key = null } of lines) {
@@ -2274,14 +2015,12 @@ function importerOfSqlite(config: Config): Importer {
     }
     return true;
   });
-  const close = () => {
-    closeDatabase(db);
-    lock?.close();
-  };
-  return { take: async (room, lines) => take.immediate(room, lines), close };
+  const refused = [...rooms].filter(([room, lines]) => !isTaken.immediate(room, lines));
+  close();
+  return refused.map(([room]) => room);
 }
 
-/** ARGV: epoch, the last seq, seconds until an idle room expires (0: never), channel; then of each message its seq, key and JSON. */
+/** ARGV: epoch, the last seq, seconds until an idle room expires (0: never), channel; then of each message its seq, key, JSON. */
 const IMPORT_SCRIPT = `${SCRIPT_HEAD}
 if last > 0 then return 0 end
 redis.call('DEL', log, keys)
@@ -2294,31 +2033,18 @@ expire(tonumber(ARGV[3]))
 redis.call('PUBLISH', ARGV[4], '{"epoch":"' .. ARGV[1] .. '","messages":[]}') -- whoever is in the empty room comes back
 return 1`;
 
-function importerOfRedis(config: Config): Importer {
-  const urls = config.redisUrls;
-  const connections = urls.map(connectRedis);
-  const take = async (name: string, lines: Line[]) => {
+async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<string[]> {
+  const refused: string[] = [];
+  const connections = config.redisUrls.map((url) => connectRedis(url, 0));
+  for (const [name, lines] of rooms) {
     const keys = roomKeys(config, name);
-    const last = lines.at(-1) as Line;
-    const head = [randomHex(64), `${last.seq}`, `${config.idleDays * DAY_SECONDS}`, keys[0] as string];
-    const messages = lines.flatMap(({ room, ...message }) => [
-      `${message.seq}`,
-      message.key ?? "",
-      JSON.stringify(message),
-    ]);
-    const redis = connections[homeOf(name, urls)] as Bun.RedisClient;
-    return (await redis.send("EVAL", [IMPORT_SCRIPT, "3", ...keys, ...head, ...messages])) === 1;
-  };
-  return { take, close: () => connections.forEach((redis) => redis.close()) };
-}
-
-/**
- * Which of several Redis keeps a room: the one whose hash with the room's name is the highest (rendezvous hashing). So the
- * order of the list does not matter, and another Redis takes only its share of the rooms.
- */
-function homeOf(room: string, urls: readonly string[]): number {
-  const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
-  return hashes.reduce((best, hash, i) => (hash > (hashes[best] as string) ? i : best), 0);
+    const head = [randomHex(64), `${lines.at(-1)?.seq}`, `${config.idleDays * DAY_SECONDS}`, keys[0] as string];
+    const messages = lines.flatMap(({ room, ...line }) => [`${line.seq}`, line.key ?? "", JSON.stringify(line)]);
+    const redis = connections[homeOf(name, config.redisUrls)] as Bun.RedisClient;
+    if (!(await redis.send("EVAL", [IMPORT_SCRIPT, "3", ...keys, ...head, ...messages]))) refused.push(name);
+  }
+  for (const redis of connections) redis.close();
+  return refused;
 }
 
 // ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
