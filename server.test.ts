@@ -1758,7 +1758,7 @@ describe("a password", () => {
     expect(others).toEqual([]);
     expect((await login(url, "sesame", { Origin: "https://evil.example" })).status).toBe(403);
     expect((await login(url, "sesame", { Origin: url.slice(0, -1) })).status).toBe(204);
-    expect(set).toMatch(/^chat-[0-9a-f]{8}=[\w.-]+; Path=\/; Max-Age=\d+; HttpOnly; SameSite=Strict$/);
+    expect(set).toMatch(/^chat-\d+=[\w.-]+; Path=\/; Max-Age=\d+; HttpOnly; SameSite=Strict$/);
     expect(Buffer.from(set, "base64").toString("latin1") + set).not.toContain("sesame");
     const Cookie = `other=1; ${cookieOf(response)}; last=2`;
     const bearers = ["Bearer sesame", "bearer sesame"].map((Authorization) => ({ Authorization }));
@@ -1772,13 +1772,14 @@ describe("a password", () => {
     const [first, other] = [await start({ password: "one" }), await start({ password: "two" })];
     const cookie = cookieOf(await login(first.url, "one"));
     const foreign = cookieOf(await login(other.url, "two"));
-    const [name, ends, signature] = cookie.split(/[=.]/) as [string, string, string];
+    const [name, role, ends, signature = ""] = cookie.split(/[=.]/);
+    const [until, later] = [`${role}.${ends}`, `${role}.${Number(ends) + 1}`];
     const values = [
-      ...["", ".", ends, `${ends}.`, `.${signature}`, `${Number(ends) + 1}.${signature}`, `1e99.${signature}`],
-      ...[`${ends}.${signature.slice(0, -2)}`, `${ends}.${signature}AAAA`, `${ends}.${"A".repeat(43)}`],
-      ...["%00%ff%zz", "x".repeat(8000), "one", foreign.split("=")[1]],
+      ...["", ".", until, `${until}.`, `.${signature}`, `${later}.${signature}`, `${role}.1e99.${signature}`],
+      ...[`${until}.${signature.slice(0, -2)}`, `${until}.${signature}AAAA`, `${until}.${"A".repeat(43)}`],
+      ...[`operator.${ends}.${signature}`, "%00%ff%zz", "x".repeat(8000), "one", foreign.split("=")[1]],
     ];
-    const others = [";;;===", foreign, `chat=${ends}.${signature}`, cookie.toUpperCase()];
+    const others = [";;;===", foreign, `chat=${until}.${signature}`, cookie.toUpperCase()];
     const bad = [...values.map((value) => `${name}=${value}`), ...others];
     for (const Cookie of bad) expect([Cookie, await knock(first.url, { Cookie })]).toEqual([Cookie, 401]);
     for (const Authorization of ["Basic b25l", "Bearer", "one", "Bearer  one"]) {
@@ -2377,7 +2378,8 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
   test("is not one because one room cannot be read: the others go on, and the log says it once", async () => {
     const redis = await ownRedis();
     const server = await spawnServer({ REDIS_URL: redis.url });
-    await redis.command("SET", "chat:room:broken", "nothing of this chat");
+    await (await Client.join(server.url, { room: "broken" })).leave();
+    for (const key of await redis.keys("*:broken")) await redis.command("SET", key, "nothing of this chat");
     for (let i = 0; i < 5; i++) {
       expect(await (await Client.connect(server.url, { room: "broken" })).end()).toBe(1013);
       await (await Client.join(server.url, { room: `sound ${i}` })).say("hi");
@@ -2442,7 +2444,7 @@ describe.skipIf(!REDIS_SERVER)("in Redis", () => {
       await (await Client.join(url, { room })).say("hi", "k");
       const keys = await redis.keys(`*:${room}`);
       const ttls = () => Promise.all(keys.map((key) => redis.command("TTL", key) as Promise<number>));
-      for (const ttl of await ttls()) expect(idleDays === 0 ? ttl === -1 : ttl > 7 * 86400 - 60).toBe(true);
+      for (const ttl of await ttls()) expect(ttl / 86400 > (idleDays ? 6.9 : 9999)).toBe(true);
       for (const key of keys) await redis.command("EXPIRE", key, "60");
       await Client.join((await start({ redisUrls: [redis.url], idleDays })).url, { room }); // another server opens it
       for (const ttl of await ttls()) expect([room, ttl > 3000]).toEqual([room, true]);
