@@ -1124,7 +1124,7 @@ test("A browser gets a cookie with the page, when it has none: also with a 304, 
     [{}, { "If-None-Match": etag }, { Cookie: "other=1" }].map((headers) => set(headers as {})),
   );
   for (const [cookie] of cookies) {
-    expect(cookie).toMatch(/^chat-me=[0-9a-f]{32}; Path=\/; Max-Age=31536000; HttpOnly; SameSite=Lax$/);
+    expect(cookie).toMatch(/^chat-me=[0-9a-f]{32}; Max-Age=31536000; SameSite=Lax; Path=\/; HttpOnly$/);
   }
   expect(new Set(cookies.flat()).size).toBe(3);
   expect(await set({ Cookie: `other=1; ${cookieOf(await fetch(url))}` })).toEqual([]);
@@ -1875,7 +1875,7 @@ describe("with a certificate", () => {
     expect(url).toStartWith("https://");
     expect((await fetch(url, { tls: { rejectUnauthorized: false } })).status).toBe(200);
     const response = await login(url, "sesame");
-    expect(response.headers.get("set-cookie")).toEndWith("; HttpOnly; SameSite=Strict; Secure");
+    expect(response.headers.get("set-cookie")).toEndWith("; SameSite=Strict; Path=/; HttpOnly; Secure");
     await (await Client.join(url, { headers: { Cookie: cookieOf(response) } })).say("hi");
   });
 
@@ -2601,7 +2601,7 @@ describe("export and import", () => {
         said: "1201 messages exported.\n",
       });
       for (const { config } of [redis, back]) {
-        expect(await importMessages({ ...readConfig({}), ...config }, text)).toEqual({ count: 1201, refused: [] });
+        expect(await importMessages({ ...readConfig({}), ...config }, text)).toEqual([]);
         const same = (await exported(config)).toSorted((a, b) => b.room.localeCompare(a.room) || a.seq - b.seq);
         expect(same).toEqual(lines.toSorted((a, b) => b.room.localeCompare(a.room) || a.seq - b.seq));
         const moved = await start(config);
@@ -2642,12 +2642,12 @@ describe("export and import", () => {
         /^Line 1: .+ Nothing was imported[.]$/,
       );
       expect(await exported(config)).toEqual([]);
-      expect(await taken(line)).toEqual({ count: 1, refused: [] });
-      expect(await taken(line, { ...line, room: "new" })).toEqual({ count: 1, refused: [""] });
+      expect(await taken(line)).toEqual([]);
+      expect(await taken(line, { ...line, room: "new" })).toEqual([""]);
       expect(await exported(config)).toHaveLength(2);
       const file = newFile();
       await Bun.write(file, JSON.stringify(line));
-      const said = '0 messages imported.\nNot imported, as these rooms are there already: [""].\n';
+      const said = 'Not imported, as these rooms are there already: [""].\n';
       expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
       if (name === "Redis") continue;
       await start(config);
