@@ -494,19 +494,30 @@ const BROWSER = installed("chromium", "chromium fonts-noto-cjk");
 const describePage = describe.skipIf(!BROWSER);
 const CHROMIUM = ["--no-sandbox", "--disable-quic", "--disable-component-update", "--disable-sync"];
 
-/** A tab of Chromium. All tabs of a run share one profile, as the tabs of one person do. */
-class Tab {
+/** What a test does with a page in any browser; `Bun.WebView` is Chromium's, whose `press` takes modifiers too. */
+interface View {
+  navigate(url: string): Promise<unknown>;
+  reload(): Promise<unknown>;
+  evaluate(script: string): Promise<unknown>;
+  type(text: string): Promise<unknown>;
+  press(key: string): Promise<unknown>;
+  close(): unknown;
+}
+
+/** A tab of a browser, of Chromium unless another is named. All share one profile, as the tabs of one person do. */
+class Tab<V extends View = Bun.WebView> {
   /** Errors that the browser reported: none is expected, ever. */
   readonly problems: string[] = [];
   /** Errors that belong to the test: the browser writes every refused request into its console. */
   expected: RegExp | undefined;
 
-  private constructor(readonly view: Bun.WebView) {}
+  constructor(readonly view: V) {
+    started.push(() => this.close());
+  }
 
   static async open(url: string, options: TabOptions = {}): Promise<Tab> {
     const { width = 800, height = 600 } = options;
     const tab = new Tab(new Bun.WebView({ width, height, backend: { type: "chrome", argv: CHROMIUM } }));
-    started.push(() => tab.close());
     await tab.view.navigate("about:blank");
     tab.#watch(options);
     for (const domain of ["Runtime", "Log", "Page"]) await tab.view.cdp(`${domain}.enable`);
@@ -519,7 +530,7 @@ class Tab {
     return tab;
   }
 
-  #watch({ serverGoes }: TabOptions): void {
+  #watch(this: Tab, { serverGoes }: TabOptions): void {
     if (serverGoes) this.expected = /WebSocket connection to|ERR_CONNECTION_REFUSED/;
     const on = (event: string, problem: (data: any) => string | false) =>
       this.view.addEventListener(event, (e) => {
@@ -553,7 +564,7 @@ class Tab {
     await within(this.view.reload(), "the reload");
   }
 
-  async size(width: number, height: number): Promise<void> {
+  async size(this: Tab, width: number, height: number): Promise<void> {
     await this.view.cdp("Emulation.setDeviceMetricsOverride", { width, height, deviceScaleFactor: 1, mobile: false });
   }
 
@@ -592,8 +603,8 @@ class Tab {
     await this.until(`"${text.slice(0, 40)}" ${state}`, found, text, state);
   }
 
-  close(): void {
-    this.view.close();
+  async close(): Promise<void> {
+    await this.view.close();
     expect(this.problems).toEqual([]);
   }
 }
@@ -612,6 +623,213 @@ async function drawn(tab: Tab): Promise<void> {
     () => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done)))),
   );
 }
+
+/** Another browser than Chromium, driven over its own protocol. */
+interface OtherBrowser {
+  /** Opens a window. */
+  open(): Promise<View>;
+  /** Errors in its pages, where the browser tells. */
+  readonly problems: string[];
+}
+
+/** Programs of other browsers that run now. */
+const browserPrograms: Bun.Subprocess<"pipe", "pipe", "ignore">[] = [];
+
+/** Starts a program of a browser and waits for what it prints: the pattern's group. */
+async function launch(command: string[], env: Record<string, string>, pattern?: RegExp): Promise<string> {
+  // A browser is many processes. They end with the standard input of their group: with this process at the latest.
+  const keeper = '"$@" </dev/null 2>&1 & read; kill $!; wait; kill -KILL 0';
+  const program = Bun.spawn(["setsid", "bash", "-c", keeper, "bash", ...command], {
+    env: { PATH: process.env.PATH, HOME: FOLDER, TMPDIR: FOLDER, ...env },
+    stdin: "pipe",
+    stdout: "pipe",
+    stderr: "ignore",
+  });
+  browserPrograms.push(program);
+  const found = Promise.withResolvers<string>();
+  (async () => {
+    let text = "";
+    for await (const chunk of program.stdout.pipeThrough(new TextDecoderStream())) {
+      text += chunk;
+      const match = pattern?.exec(text)?.[1];
+      if (match) found.resolve(match);
+    }
+    found.reject(new Error(`${command[0]} ended: ${text}`));
+  })();
+  found.promise.catch(() => {});
+  return pattern ? within(found.promise, command[0]!) : "";
+}
+
+async function endBrowsers(): Promise<void> {
+  for (const program of browserPrograms.splice(0).reverse()) {
+    program.stdin.end();
+    await within(program.exited, "the end of a browser");
+  }
+}
+
+/** Keys without a character, as WebDriver writes them. */
+const KEYS: Record<string, string> = { Enter: "\uE007", Escape: "\uE00C", PageUp: "\uE00E" };
+
+/** Keys pressed one after the other, as both protocols say it. */
+function strokes(keys: Iterable<string>): object {
+  const stroke = (value: string) => ["keyDown", "keyUp"].map((type) => ({ type, value }));
+  return { actions: [{ type: "key", id: "keyboard", actions: [...keys].flatMap(stroke) }] };
+}
+
+/** Firefox speaks WebDriver BiDi: commands, answers and events are JSON texts on one WebSocket. */
+async function startFirefox(): Promise<OtherBrowser> {
+  const command = ["firefox-esr", "--headless", "--profile", mkdtempSync(join(FOLDER, "firefox-"))];
+  const address = await launch([...command, "--remote-debugging-port=0"], {}, /BiDi listening on (ws:\S+)/);
+  const ws = new WebSocket(`${address}/session`);
+  const answers: ReturnType<typeof Promise.withResolvers<any>>[] = [];
+  const problems: string[] = [];
+  ws.onmessage = ({ data }) => {
+    const { type, id, result, error, message, params } = JSON.parse(data);
+    if (type === "success") answers[id]!.resolve(result);
+    else if (type === "error") answers[id]!.reject(new Error(`${error}: ${message}`));
+    else if (params.level === "error" && !/ wss?:/.test(params.text)) problems.push(params.text); // servers go in tests
+  };
+  await within(new Promise((opened) => (ws.onopen = opened)), address);
+  const call = (method: string, params: object) => {
+    const answer = Promise.withResolvers<any>();
+    ws.send(JSON.stringify({ id: answers.push(answer) - 1, method, params }));
+    return answer.promise;
+  };
+  await call("session.new", { capabilities: {} });
+  await call("session.subscribe", { events: ["log.entryAdded"] });
+  return { open: () => openFirefox(call), problems };
+}
+
+async function openFirefox(call: (method: string, params: object) => Promise<any>): Promise<View> {
+  const { context } = await call("browsingContext.create", { type: "window" });
+  const type = (keys: Iterable<string>) => call("input.performActions", { context, ...strokes(keys) });
+  const evaluate = async (script: string) => {
+    const expression = `(async () => JSON.stringify(await ${script}))()`; // Firefox would make a tree of types of it
+    const options = { expression, target: { context }, awaitPromise: true };
+    const { result, exceptionDetails } = await call("script.evaluate", options);
+    if (exceptionDetails) throw new Error(exceptionDetails.text);
+    return result.value && JSON.parse(result.value);
+  };
+  return {
+    navigate: (url) => call("browsingContext.navigate", { context, url, wait: "complete" }),
+    reload: () => call("browsingContext.reload", { context, wait: "complete" }),
+    evaluate,
+    type,
+    press: (key) => type([KEYS[key]!]),
+    close: () => call("browsingContext.close", { context }),
+  };
+}
+
+/** WebKit speaks WebDriver: a command is a request over HTTP, to the window that was chosen last. It wants a screen. */
+async function startWebKit(): Promise<OtherBrowser> {
+  const screen = await launch(["Xvfb", "-displayfd", "1", "-nolisten", "tcp"], {}, /(\d+)\n/);
+  const port = await freePort();
+  await launch(["WebKitWebDriver", `--port=${port}`], { DISPLAY: `:${screen}` });
+  let base = `http://127.0.0.1:${port}`;
+  const call = async (method: string, path: string, body?: object) => {
+    const answer = await fetch(`${base}/${path}`, { method, body: JSON.stringify(body) });
+    const { value } = (await answer.json()) as any;
+    if (!answer.ok) throw new Error(`${value.error}: ${value.message}`);
+    return value;
+  };
+  await eventually("WebKitWebDriver", () => call("GET", "status").catch(() => false));
+  const alwaysMatch = { "webkitgtk:browserOptions": { args: ["--automation"] } };
+  const { sessionId } = await call("POST", "session", { capabilities: { alwaysMatch } });
+  base += `/session/${sessionId}`;
+  const first = await call("GET", "window");
+  const open = async (): Promise<View> => {
+    await call("POST", "window", { handle: first });
+    const { handle } = await call("POST", "window/new", { type: "window" });
+    const here = async (method: string, path: string, body: object) => {
+      await call("POST", "window", { handle });
+      return call(method, path, body);
+    };
+    const type = (keys: Iterable<string>) => here("POST", "actions", strokes(keys));
+    return {
+      navigate: (url) => here("POST", "url", { url }),
+      reload: () => here("POST", "refresh", {}),
+      evaluate: (script) => here("POST", "execute/sync", { script: `return ${script}`, args: [] }),
+      type,
+      press: (key) => type([KEYS[key]!]),
+      close: () => here("DELETE", "window", {}),
+    };
+  };
+  return { open, problems: [] };
+}
+
+const OTHER_BROWSERS = [
+  { name: "Firefox", start: startFirefox, there: installed("firefox-esr", "firefox-esr") },
+  {
+    name: "WebKit",
+    start: startWebKit,
+    there: installed("WebKitWebDriver", "webkit2gtk-driver") && installed("Xvfb", "xvfb"),
+  },
+];
+
+for (const { name, start: startBrowser, there } of OTHER_BROWSERS)
+  describe.skipIf(!there)(`the page in ${name}`, () => {
+    let browser: Promise<OtherBrowser> | undefined;
+    afterAll(async () => {
+      await endBrowsers();
+      expect((await browser)?.problems).toEqual([]);
+    });
+
+    const open = async (url: string): Promise<Tab<View>> => {
+      const tab = new Tab(await (await (browser ??= startBrowser())).open());
+      await tab.go(url);
+      await tab.online();
+      return tab;
+    };
+
+    test("what one tab sends arrives in the other", async () => {
+      const { url } = await start();
+      const [one, two] = [await open(url), await open(url)];
+      await one.say("hello from one");
+      await one.untilText("hello from one", "sent");
+      await two.untilText("hello from one");
+      await two.say("你好");
+      await one.untilText("你好");
+    });
+
+    test("what was written without a server survives a reload and is sent once when the server is back", async () => {
+      const db = newFile();
+      const first = await spawnServer({ CHAT_DB: db });
+      const tab = await open(first.url);
+      first.kill("SIGKILL");
+      await tab.say("written without a server");
+      await tab.untilText("written without a server", "pending");
+      const second = await spawnServer({ CHAT_DB: db, PORT: new URL(first.url).port });
+      await tab.reload();
+      await tab.untilText("written without a server", "sent");
+      expect(textsOf(await readLog(second.url))).toEqual(["written without a server"]);
+    });
+
+    test("a reader who goes up page by page sees every message", async () => {
+      const { url } = await start({ rate: 0 });
+      await fill(url, "", 250);
+      const tab = await open(url);
+      await tab.untilText("Message 250");
+      const seen = new Set<number>();
+      const visible = async () => {
+        const log = document.querySelector<HTMLElement>("#log")!;
+        log.focus();
+        for (let still = 0, last = -1; still < 3; last = log.scrollTop) {
+          await new Promise((done) => requestAnimationFrame(done));
+          still = log.scrollTop === last ? still + 1 : 0;
+        }
+        const { top, bottom } = log.getBoundingClientRect();
+        return [...log.querySelectorAll<HTMLElement>(".message")]
+          .filter((row) => row.getBoundingClientRect().bottom > top && row.getBoundingClientRect().top < bottom)
+          .map((row) => Number(row.dataset.seq));
+      };
+      await eventually("the first message", async () => {
+        for (const seq of await tab.run(visible)) seen.add(seq);
+        await tab.view.press("PageUp");
+        return seen.has(1);
+      });
+      expect(seen.size).toBe(250);
+    });
+  });
 
 // ─── What is served ──────────────────────────────────────────────────────────────────────────────────────────────────
 
