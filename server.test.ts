@@ -494,15 +494,8 @@ const BROWSER = installed("chromium", "chromium fonts-noto-cjk");
 const describePage = describe.skipIf(!BROWSER);
 const CHROMIUM = ["--no-sandbox", "--disable-quic", "--disable-component-update", "--disable-sync"];
 
-/** What a test does with a page in any browser; `Bun.WebView` is Chromium's, whose `press` takes modifiers too. */
-interface View {
-  navigate(url: string): Promise<unknown>;
-  reload(): Promise<unknown>;
-  evaluate(script: string): Promise<unknown>;
-  type(text: string): Promise<unknown>;
-  press(key: string): Promise<unknown>;
-  close(): unknown;
-}
+/** What a test does with a page in any browser: the part of Chromium's that others have too. */
+type View = Pick<Bun.WebView, "navigate" | "reload" | "evaluate" | "type" | "press" | "close">;
 
 /** A tab of a browser, of Chromium unless another is named. All share one profile, as the tabs of one person do. */
 class Tab<V extends View = Bun.WebView> {
@@ -624,9 +617,9 @@ async function drawn(tab: Tab): Promise<void> {
   );
 }
 
-/** Another browser than Chromium, driven over its own protocol. */
+// Firefox and WebKit, driven by the W3C's two protocols.
+
 interface OtherBrowser {
-  /** Opens a window. */
   open(): Promise<View>;
   /** Errors in its pages, where the browser tells. */
   readonly problems: string[];
@@ -635,9 +628,9 @@ interface OtherBrowser {
 /** Programs of other browsers that run now. */
 const browserPrograms: Bun.Subprocess<"pipe", "pipe", "ignore">[] = [];
 
-/** Starts a program of a browser and waits for what it prints: the pattern's group. */
+/** Starts a program of a browser and waits until it prints the pattern: its first group. */
 async function launch(command: string[], env: Record<string, string>, pattern?: RegExp): Promise<string> {
-  // A browser is many processes. They end with the standard input of their group: with this process at the latest.
+  // A browser is many processes. Their group ends with its standard input, so with this process at the latest.
   const keeper = '"$@" </dev/null 2>&1 & read; kill $!; wait; kill -KILL 0';
   const program = Bun.spawn(["setsid", "bash", "-c", keeper, "bash", ...command], {
     env: { PATH: process.env.PATH, HOME: FOLDER, TMPDIR: FOLDER, ...env },
@@ -647,6 +640,7 @@ async function launch(command: string[], env: Record<string, string>, pattern?: 
   });
   browserPrograms.push(program);
   const found = Promise.withResolvers<string>();
+  if (!pattern) found.resolve("");
   (async () => {
     let text = "";
     for await (const chunk of program.stdout.pipeThrough(new TextDecoderStream())) {
@@ -656,8 +650,7 @@ async function launch(command: string[], env: Record<string, string>, pattern?: 
     }
     found.reject(new Error(`${command[0]} ended: ${text}`));
   })();
-  found.promise.catch(() => {});
-  return pattern ? within(found.promise, command[0]!) : "";
+  return within(found.promise, command[0]!);
 }
 
 async function endBrowsers(): Promise<void> {
@@ -667,13 +660,13 @@ async function endBrowsers(): Promise<void> {
   }
 }
 
-/** Keys without a character, as WebDriver writes them. */
-const KEYS: Record<string, string> = { Enter: "\uE007", Escape: "\uE00C", PageUp: "\uE00E" };
-
-/** Keys pressed one after the other, as both protocols say it. */
-function strokes(keys: Iterable<string>): object {
+/** Types as both protocols have it. */
+function keyboard(perform: (actions: object) => Promise<void>): Pick<View, "type" | "press"> {
+  const special: Record<string, string> = { Enter: "\uE007", Escape: "\uE00C", PageUp: "\uE00E" };
   const stroke = (value: string) => ["keyDown", "keyUp"].map((type) => ({ type, value }));
-  return { actions: [{ type: "key", id: "keyboard", actions: [...keys].flatMap(stroke) }] };
+  const type = (keys: Iterable<string>) =>
+    perform({ actions: [{ type: "key", id: "keyboard", actions: [...keys].flatMap(stroke) }] });
+  return { type, press: (key) => type([special[key] ?? key]) };
 }
 
 /** Firefox speaks WebDriver BiDi: commands, answers and events are JSON texts on one WebSocket. */
@@ -702,7 +695,6 @@ async function startFirefox(): Promise<OtherBrowser> {
 
 async function openFirefox(call: (method: string, params: object) => Promise<any>): Promise<View> {
   const { context } = await call("browsingContext.create", { type: "window" });
-  const type = (keys: Iterable<string>) => call("input.performActions", { context, ...strokes(keys) });
   const evaluate = async (script: string) => {
     const expression = `(async () => JSON.stringify(await ${script}))()`; // Firefox would make a tree of types of it
     const options = { expression, target: { context }, awaitPromise: true };
@@ -714,8 +706,7 @@ async function openFirefox(call: (method: string, params: object) => Promise<any
     navigate: (url) => call("browsingContext.navigate", { context, url, wait: "complete" }),
     reload: () => call("browsingContext.reload", { context, wait: "complete" }),
     evaluate,
-    type,
-    press: (key) => type([KEYS[key]!]),
+    ...keyboard((actions) => call("input.performActions", { context, ...actions })),
     close: () => call("browsingContext.close", { context }),
   };
 }
@@ -744,13 +735,11 @@ async function startWebKit(): Promise<OtherBrowser> {
       await call("POST", "window", { handle });
       return call(method, path, body);
     };
-    const type = (keys: Iterable<string>) => here("POST", "actions", strokes(keys));
     return {
       navigate: (url) => here("POST", "url", { url }),
       reload: () => here("POST", "refresh", {}),
       evaluate: (script) => here("POST", "execute/sync", { script: `return ${script}`, args: [] }),
-      type,
-      press: (key) => type([KEYS[key]!]),
+      ...keyboard((actions) => here("POST", "actions", actions)),
       close: () => here("DELETE", "window", {}),
     };
   };
@@ -768,14 +757,15 @@ const OTHER_BROWSERS = [
 
 for (const { name, start: startBrowser, there } of OTHER_BROWSERS)
   describe.skipIf(!there)(`the page in ${name}`, () => {
-    let browser: Promise<OtherBrowser> | undefined;
+    let browser: OtherBrowser | undefined;
     afterAll(async () => {
       await endBrowsers();
-      expect((await browser)?.problems).toEqual([]);
+      expect(browser?.problems ?? []).toEqual([]);
     });
 
     const open = async (url: string): Promise<Tab<View>> => {
-      const tab = new Tab(await (await (browser ??= startBrowser())).open());
+      browser ??= await startBrowser();
+      const tab = new Tab(await browser.open());
       await tab.go(url);
       await tab.online();
       return tab;
