@@ -1,147 +1,114 @@
 /// <reference types="bun-types" />
 /**
- * A chat server in one file, to be read from top to bottom: limits, protocol, configuration; the brokers, which store;
- * the rooms, which a message passes through; access, server, export and import, main. The way of a message:
+ * A chat server in one file, to be read from top to bottom. A message passes through it in the order of the file:
  *
- *    socket ── text frame ──▶ receive     parses the frame, in the socket's dialect            Rooms.receive
+ *    socket ── text frame ──▶ receive     parses the frame and checks its size
  *                                │
  *                                ▼
- *                              pace       a token bucket for each sender: slows, not drops     Rooms.#pace
+ *                              pace       the token buckets of the sender and its address: slows, never drops
  *                                │
  *                                ▼
- *                              broker     stores the post: it gets the room's next seq         Broker.append
+ *                              append     the broker stores the post and gives it the room's next seq
  *                                │        only what is stored goes on
  *                                ▼
- *                              deliver    to chat.v1 one frame for all stored together, to     Rooms.stored
- *                                         plain sockets one for each text: server.publish(topic)
+ *                              deliver    one frame for each dialect: server.publish(topic) ──▶ every socket of the room
  *
- * One direction, no way back. Two rules hold it together, and each is marked where it applies:
- *   RULE 1  no `await` between storing (with Redis: one loop's reading what was stored) and publishing: the order stored
- *           is the order seen;
- *   RULE 2  no `await` between the last replayed message and `ws.subscribe`: nobody joins into a hole.
+ * Three rules hold it together, and a comment marks each place where one applies:
+ *   RULE 1  Never await between the commit (Redis: the notification) and publish: the order stored is the order seen.
+ *   RULE 2  Never await between the last replayed message and `ws.subscribe`: nobody joins into a gap.
+ *   RULE 3  In doubt, lose the room: close its sockets with 1013 and forget it. Clients resume exactly, so this is the
+ *           only recovery; nothing here repairs, bridges or catches up.
  *
  * Two dialects meet in every room. "Plain" sockets exchange bare texts. Sockets with the subprotocol `chat.v1` exchange
- * the JSON objects typed below: they get names, history, presence, and every message with its place in the log.
+ * the JSON objects typed below; they get names, history, presence, and every message with its place in the log.
  */
 import { Database, type Statement } from "bun:sqlite";
-import { createHmac, createPrivateKey, scryptSync, timingSafeEqual, X509Certificate } from "node:crypto";
-import { closeSync, openSync, readFileSync, realpathSync } from "node:fs";
+import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
+import { closeSync, existsSync, openSync, realpathSync } from "node:fs";
 import { networkInterfaces } from "node:os";
+import { setTimeout as sleep } from "node:timers/promises";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
 import { version } from "./package.json";
 
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Bytes of UTF-8 in the text of one message. */
-const MAX_TEXT = 16 * 1024;
-/** Bytes of one WebSocket frame from a client; a longer one closes the connection with 1009. */
-const MAX_FRAME = 64 * 1024;
-/** Characters (Unicode code points) of a person's name. */
-const MAX_NAME = 32;
-/** Characters (Unicode code points) of a room's name. */
-const MAX_ROOM = 64;
-/** Frames that are not of the protocol before a connection is closed with 1008. */
-const MAX_STRIKES = 10;
-/** Messages in a page of history, and in the `hello` of somebody who starts afresh. */
-const PAGE_MESSAGES = 100;
-/** Messages that a client may have missed and still resume; past that it starts afresh. */
-const RESUME_MESSAGES = 1000;
-/** Milliseconds that somebody who has seen more than this server waits for it to catch up, before they start afresh. */
-const BEHIND_MS = 1000;
-/**
- * Bytes of text in one page or `hello`, as JSON escapes it: far enough below
- * {@link BACKPRESSURE_BYTES} that a slow phone is not cut for it.
- */
-const PAGE_BYTES = 256 * 1024;
-/** Names in one presence frame; the count is always exact. */
-const PRESENCE_NAMES = 100;
-/** Milliseconds between two presence frames of a room. */
-const PRESENCE_MS = 1000;
-/** Milliseconds within which a second `typing` of the same person is not passed on. */
-const TYPING_MS = 2000;
-/** Seconds' worth of frames that a sender who was silent may send at once. */
-const BURST_SECONDS = 10;
-/** Bytes that may wait in one sender's queue before its socket is read no further. */
-const QUEUE_BYTES = 1024 * 1024;
-/** Bytes that a queued frame takes beside its strings: so that many tiny frames are bounded too. */
-const QUEUE_FRAME_BYTES = 64;
-/** Bytes in all the queues that people left behind when they closed: past that, what they sent too fast is dropped. */
-const LEFT_BYTES = 16 * 1024 * 1024;
-/** Bytes that the server buffers for a reader that does not read. With the frame that passes it, that is 1 MiB at most. */
-const BACKPRESSURE_BYTES = 512 * 1024;
-/** Seconds of silence after which a socket is dead. Bun pings before that; under 60 s, so that proxies see traffic. */
-const IDLE_SECONDS = 50;
-/**
- * Milliseconds for which posts are gathered under load: not to be seen, and it saves a system call for every socket and
- * message. Also the pause between two steps of trimming and the like, and between two looks at something awaited.
- */
-const GATHER_MS = 6;
-/** Posts, and characters (UTF-16 units) of text, that end the gathering at once. */
-const GATHER_POSTS = 32;
-const GATHER_CHARACTERS = 64 * 1024;
-/** Messages that one step of trimming deletes: few, not to hold up a post. With SQLite, it begins when so many are over CHAT_HISTORY. */
-const TRIM_MESSAGES = 1000;
-/** Bytes of a request's body: a password and no more. */
-const MAX_BODY = 4096;
+const MAX_TEXT = 16 * 1024; // bytes of UTF-8 in the text of one message
+const MAX_FRAME = 64 * 1024; // bytes of a WebSocket frame from a client; a longer one closes the connection with 1009
+const MAX_NAME = 32; // characters (Unicode code points) of a person's name
+const MAX_ROOM = 64; // characters of a room's name
+const MAX_STRIKES = 10; // frames outside the protocol, before a connection is closed with 1008
+const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a client that starts afresh
+const RESUME_MESSAGES = 1000; // that a client may have missed and still resume
+const PAGE_BYTES = 256 * 1024; // of text in one page or hello, as JSON escapes it: half of BACKPRESSURE_BYTES
+const CACHED_HELLOS = 64; // kept ready in the whole server, the newest: at most some 20 MB
+const BEHIND_MS = 100; // for this server to hear of what a client has already seen on another one
+const PRESENCE_PEOPLE = 100; // listed in one presence frame; the count is always exact
+const PRESENCE_MS = 1000; // between two presence frames of a room
+const TYPING_MS = 2000; // between two typing frames of one sender that are passed on
+const BURST_SECONDS = 10; // worth of frames that a sender may send at once after a silence
+const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
+const FREE_TRIES = 5; // wrong passwords that an address may give at once; after that, one a minute
+const MAX_BUCKETS = 10_000; // token buckets that are remembered of each kind, the newest
+const QUEUE_BYTES = 1024 * 1024; // that wait in one sender's queue before its socket is read no further
+const QUEUE_FRAME_BYTES = 64; // that a queued frame takes beside its text, so that many tiny ones are bounded too
+const BACKPRESSURE_BYTES = 512 * 1024; // for a reader that does not read: with the frame that passes it, at most 1 MiB
+const GATHER_MS = 6; // of gathering posts under load: nobody sees it, and it saves a system call for every socket
+const GATHER_POSTS = 32; // that end the gathering at once
+const GATHER_CHARACTERS = 64 * 1024; // (UTF-16 units) of text that end it at once
+const STEP_MESSAGES = 1000; // trimmed, forgotten or exported at once: few, so that posts get in between
+const MAX_BODY = 4096; // bytes of a request's body: a password and no more
 const DAY_SECONDS = 24 * 60 * 60;
-/** Seconds for which a session cookie is good. */
-const SESSION_SECONDS = 30 * DAY_SECONDS;
-/** Wrong passwords from one address that cost nothing; each one more doubles the wait, from one second up to a minute. */
-const FREE_TRIES = 5;
-const MAX_WAIT_SECONDS = 60;
-/** Addresses whose wrong passwords are remembered, the newest; and the seconds after the last one until it is forgotten. */
-const MAX_ADDRESSES = 10_000;
-const FORGET_SECONDS = 15 * 60;
-/** Milliseconds between two looks for rooms that are to be forgotten. */
-const EXPIRE_MS = DAY_SECONDS * 1000;
-/** Milliseconds that `stop` waits for clients to answer its Close frame. */
-const STOP_MS = 2000;
+const SESSION_SECONDS = 30 * DAY_SECONDS; // for which the cookie of a password is good
+const IDENTITY_SECONDS = 365 * DAY_SECONDS; // for which a browser keeps the cookie that makes its ids
+const DRAIN_MS = 800; // that `stop` waits for the store; with CLOSE_MS it takes less than 3 s
+const CLOSE_MS = 2000; // that `stop` waits for clients to answer the Close frame
 
 // ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
 
-/** A message as it is stored, and as every `chat.v1` client sees it. */
+/** An entry of a room's log, as it is stored and as every `chat.v1` client sees it. */
 export interface Message {
-  /** Its place in the room's log: 1, 2, 3 … without a gap. */
-  seq: number;
-  /** When the server received it: milliseconds since 1970. */
-  at: number;
-  /** Who sent it, as they called themselves; nothing proves it. */
-  name: string;
+  seq: number; // its place in the room's log: 1, 2, 3 … without a gap
+  at: number; // when the server received it: milliseconds since 1970
+  name: string; // who sent it, as they called themselves; nothing proves it
+  from?: string; // the sender's id in this room; absent when the sender brought no cookie
   text: string;
-  /** The key that its sender gave it; absent on messages of plain sockets. */
-  key?: string;
+  removes?: number; // the seq of the message that this entry takes back; the entry itself has no text
+  removed?: true; // this message was taken back: its text is gone
+  key?: string; // the key that its sender gave it; absent on messages of plain sockets
 }
+
+/** Somebody who is in a room. */
+export type Person = Pick<Message, "name" | "from">;
+export type Role = "guest" | "operator";
 
 /** What the server sends to a `chat.v1` client: one JSON object in each text frame. */
 export type ServerFrame =
   | {
-      /** Always the first frame. */
-      type: "hello";
-      /** Names this log: another epoch is another log, whose seqs mean nothing in the old one. */
-      epoch: string;
-      /** The oldest and the newest seq kept; an empty log has 1 and 0. */
-      first: number;
+      type: "hello"; // always the first frame
+      you?: string; // the client's own id, if it has one
+      role?: Role; // only where the server has an operator
+      epoch: string; // names this log: the seqs of another epoch mean nothing in it
+      first: number; // the oldest seq kept, and the newest; an empty log has 1 and 0
       last: number;
-      /** Whether `messages` is exactly what came after the client's `after`, or the newest page to start afresh from. */
-      resumed: boolean;
+      resumed: boolean; // `messages` is exactly what came after the client's `after`; else start afresh from them
       messages: Message[];
       limits: { text: number; name: number };
     }
   | { type: "messages"; messages: Message[] }
   | { type: "page"; messages: Message[] }
   | { type: "ack"; key: string; seq: number }
-  | { type: "presence"; count: number; names: string[] }
+  | { type: "presence"; count: number; people: Person[] }
   | { type: "typing"; name: string }
   | { type: "pong" }
-  | { type: "error"; code: ErrorCode; text: string; key?: string };
+  | ErrorFrame;
 
-/** What was wrong with a client's frame. Only `bad-frame` counts towards {@link MAX_STRIKES}. */
-export type ErrorCode = "bad-frame" | "bad-key" | "bad-name" | "empty" | "too-long";
+type ErrorFrame = { type: "error"; code: ErrorCode; text: string; key?: string };
 
 /** What a `chat.v1` client sends. A plain socket's frame becomes a `post` without a key. */
 export type ClientFrame =
   | { type: "post"; key?: string; text: string }
+  | { type: "remove"; key: string; seq: number }
   | { type: "page"; before: number }
   | { type: "name"; name: string }
   | { type: "typing" }
@@ -150,77 +117,73 @@ export type ClientFrame =
 /** The fields that each type of client frame must have, and their types. Others are refused. */
 const CLIENT_FIELDS: Record<ClientFrame["type"], Record<string, "string" | "number">> = {
   post: { key: "string", text: "string" },
+  remove: { key: "string", seq: "number" },
   page: { before: "number" },
   name: { name: "string" },
   typing: {},
   ping: {},
 };
 
+/** What can be wrong with a client's frame. Only `bad-frame` counts towards {@link MAX_STRIKES}. */
+const ERRORS = {
+  "bad-frame": "The frame is not of the protocol chat.v1.",
+  "bad-key": "A key is 1 to 64 characters of A-Z, a-z, 0-9, _ and -.",
+  "bad-name": `A name has 1 to ${MAX_NAME} characters, and no control characters.`,
+  empty: "The text is empty.",
+  "too-long": `A text has at most ${MAX_TEXT} bytes.`,
+  "not-yours": "Only its author or the operator can take a message back.",
+  gone: "This message is not kept any more.",
+};
+export type ErrorCode = keyof typeof ERRORS;
+
 /** Close codes: RFC 6455 section 7.4.1, the IANA registry (1013), and the private range (4401). */
-const CLOSE = {
-  goingDown: 1001,
-  binary: 1003,
-  protocol: 1008,
-  tooBig: 1009,
-  bug: 1011,
-  tryAgain: 1013,
-  password: 4401,
-} as const;
+const CLOSE = { goingDown: 1001, binary: 1003, protocol: 1008, tooBig: 1009, bug: 1011, tryAgain: 1013, login: 4401 };
 
 const KEY = /^[A-Za-z0-9_-]{1,64}$/;
+const ID = /^[A-Za-z0-9_-]{12}$/;
 const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
 
-/** What is wrong with a frame, for its sender. */
-class FrameError {
-  constructor(
-    readonly code: ErrorCode,
-    readonly text: string,
-  ) {}
-}
-
 /** Parses a `chat.v1` frame and checks its shape; what the values mean is checked where they are used. */
-function parseFrame(data: string): ClientFrame | FrameError {
-  let frame: unknown;
+function parseFrame(data: string): ClientFrame | ErrorFrame {
+  let frame: Record<string, unknown>;
   try {
-    frame = JSON.parse(data);
+    frame = JSON.parse(data) ?? {};
   } catch {
-    return new FrameError("bad-frame", "The frame is not JSON.");
+    return badFrame("The frame is not JSON.");
   }
-  if (typeof frame !== "object" || frame === null || !("type" in frame)) {
-    return new FrameError("bad-frame", "The frame is not an object with a type.");
-  }
-  const given = frame as Record<string, unknown>;
-  const { type } = given;
+  const { type } = frame;
   if (typeof type !== "string" || !Object.hasOwn(CLIENT_FIELDS, type)) {
-    return new FrameError("bad-frame", `There is no such type. Types: ${Object.keys(CLIENT_FIELDS).join(", ")}.`);
+    return badFrame(`A frame is an object with a type: ${Object.keys(CLIENT_FIELDS).join(", ")}.`);
   }
   const fields = CLIENT_FIELDS[type as ClientFrame["type"]];
-  for (const field in fields) {
-    if (typeof given[field] !== fields[field]) {
-      return new FrameError("bad-frame", `"${type}" needs a ${fields[field]} "${field}".`);
-    }
-  }
-  for (const field in given) {
-    if (field !== "type" && !Object.hasOwn(fields, field)) {
-      const known = ["type", ...Object.keys(fields)].join(", "); // and not what was sent: it may be long
-      return new FrameError("bad-frame", `"${type}" has no other fields than: ${known}.`);
-    }
-  }
-  return frame as ClientFrame;
+  const names = Object.keys(fields);
+  const fits = names.every((name) => typeof frame[name] === fields[name]);
+  if (fits && Object.keys(frame).length === names.length + 1) return frame as ClientFrame;
+  // Lists the fields that it should have, not those that it has, which may be long.
+  const list = names.map((name) => `, ${name} (a ${fields[name]})`);
+  return badFrame(`"${type}" has the fields type${list.join("")}, and no others.`);
 }
 
-/** A message, built field by field, so that all have one shape and a plain one has no `key`. */
-function makeMessage(seq: number, at: number, name: string, text: string, key: string | null | undefined): Message {
-  return key ? { seq, at, name, text, key } : { seq, at, name, text };
+function errorFrame(code: ErrorCode, key = "", text = ERRORS[code]): ErrorFrame {
+  return { type: "error", code, text, key: KEY.test(key) ? key : undefined };
 }
 
+function badFrame(text: string): ErrorFrame {
+  return errorFrame("bad-frame", "", text);
+}
+
+/** A frame as JSON; fields that are undefined are left out. */
 function encode(frame: ServerFrame): string {
   return JSON.stringify(frame);
 }
 
-/** Whether a text is longer than `max` bytes of UTF-8 (a UTF-16 unit takes one to three of them). */
-function longerThan(text: string, max: number): boolean {
-  return text.length > max || (text.length * 3 > max && Buffer.byteLength(text) > max);
+function isSeq(value: unknown): value is number {
+  return Number.isSafeInteger(value) && (value as number) >= 1;
+}
+
+/** Whether a text is longer than {@link MAX_TEXT} (a UTF-16 unit takes one to three bytes of UTF-8). */
+function isTooLong(text: string): boolean {
+  return text.length > MAX_TEXT || (text.length * 3 > MAX_TEXT && Buffer.byteLength(text) > MAX_TEXT);
 }
 
 /** A name as it is shown, or undefined when it is empty, longer than {@link MAX_NAME} or has control characters. */
@@ -242,60 +205,81 @@ function roomOf(path: string): string | undefined {
   }
 }
 
+/** A random text: so many bits, in hexadecimal. */
+function randomHex(bits: number): string {
+  return Buffer.from(crypto.getRandomValues(new Uint8Array(bits / 8))).toString("hex");
+}
+
+function sha256(text: string, encoding: "hex" | "base64" | "base64url"): string {
+  return new Bun.CryptoHasher("sha256").update(text).digest(encoding);
+}
+
 // ─── Configuration ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
-const SYNC_MODES = ["full", "normal"] as const;
+const REDIS = /^(redis|valkey)s?:\/\/./;
+const ORIGIN = /^(\*|(https?:\/\/)?[^/?#*@\s]+)$/;
 
-/** What a chat is started with, frozen; what comes from the environment is checked by {@link readConfig}. */
-export interface Config {
-  /** TCP port, 0 to 65535; 0 takes a free one. */
-  readonly port: number;
-  /** Address to listen on; `""` is all interfaces, IPv4 and IPv6. */
-  readonly host: string;
-  /** SQLite database: a file, or `:memory:`. */
-  readonly db: string;
-  /** `full`: a commit is on the disk before anyone sees it. `normal`: it is with the operating system. */
-  readonly sync: (typeof SYNC_MODES)[number];
-  /** A Redis to use instead of SQLite, or `""`. */
-  readonly redisUrl: string;
-  /** What all keys of this chat in Redis begin with: other chats may share it. */
-  readonly prefix: string;
-  /** Messages kept in each room, 1 to 10,000,000. */
-  readonly history: number;
-  /** Days after the last message until a room is forgotten when nobody is in it, 0 to 36,500; 0 is never. */
-  readonly idleDays: number;
-  /** Frames a second of each connection, but for pings, 0 to 1,000,000; 0 is no limit. */
-  readonly rate: number;
-  /** Origins (`https://a.example`) or hosts (`a.example:8443`) whose pages may connect beside the server's own; `*` is any. */
-  readonly origins: readonly string[];
-  /** Asked of everyone who comes in; `""` lets anyone in who reaches the port. */
-  readonly password: string;
-  /** Proxies in front, 0 to 10, whose `X-Forwarded-For` is believed; each adds the address it was reached from at the right. */
-  readonly proxies: number;
-  /** PEM files of a certificate and its key: both, to serve https and wss, or `""`. */
-  readonly tlsCert: string;
-  readonly tlsKey: string;
-  /** Whether other servers may listen on the same port (Linux): with Redis, they share the work. */
-  readonly reusePort: boolean;
-  readonly logLevel: (typeof LOG_LEVELS)[number];
-}
+/** Each setting's variable, its default, its check (which throws what is allowed) and what it is for, as `--help` says. */
+const SETTINGS = {
+  port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: a free one"],
+  host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
+  db: ["CHAT_DB", "chat.sqlite", (path: string) => path.trim() || "chat.sqlite", "the database: a file, or :memory:"],
+  sync: ["CHAT_SYNC", "full", word("full", "normal"), "full survives a power cut, normal a crash of the server"],
+  redisUrls: ["REDIS_URL", "", listOf(REDIS, "redis:// addresses"), "a Redis to use instead, or several, by commas"],
+  prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
+  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
+  operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
+  origins: [
+    "CHAT_ORIGINS",
+    "",
+    listOf(ORIGIN, "origins, hosts, or *"),
+    "whose pages may connect beside the server's own",
+  ],
+  proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
+  history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
+  idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "until a room that nobody uses is forgotten; 0: never"],
+  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of each connection; 0: no limit"],
+  tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
+  tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
+  reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
+  logLevel: ["LOG_LEVEL", "info", word(...LOG_LEVELS), `${LOG_LEVELS.join(", ")} (each message too)`],
+} as const;
+
+/** What a chat is started with, frozen: the settings, and two times that only tests shorten. */
+export type Config = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typeof SETTINGS)[Name][2]> } & {
+  readonly silenceSeconds: number; // until a connection is ended; under 60, so that proxies see traffic
+  readonly expireMs: number; // from the start to the first look for idle rooms, and between two
+};
 
 /** A mistake of the operator, told in one line: a bad value, a port in use, a database that cannot be opened. */
 export class StartError extends Error {}
 
-/** A whole number from `min` to `max`. @throws StartError */
-function wholeNumber(variable: string, value: string, min: number, max: number): number {
-  const number = /^\d{1,9}$/.test(value) ? Number(value) : NaN;
-  if (number >= min && number <= max) return number;
-  throw new StartError(`${variable}=${value}: must be a whole number from ${min} to ${max}.`);
+function wholeNumber(min: number, max: number): (value: string) => number {
+  return (value) => {
+    const number = Number(value);
+    if (/^\d{1,9}$/.test(value) && String(number) === value && number >= min && number <= max) return number;
+    throw new Error(`must be a whole number from ${min} to ${max}`);
+  };
 }
 
-/** One of a few words. @throws StartError */
-function oneOf<T extends string>(variable: string, value: string, allowed: readonly T[]): T {
-  const found = allowed.find((word) => word === value);
-  if (found !== undefined) return found;
-  throw new StartError(`${variable}=${value}: must be one of ${allowed.join(", ")}.`);
+function word<T extends string>(...allowed: T[]): (value: string) => T {
+  return (value) => {
+    if (allowed.includes(value as T)) return value as T;
+    throw new Error(`must be one of ${allowed.join(", ")}`);
+  };
+}
+
+function splitList(list: string): string[] {
+  return list.split(",").flatMap((entry) => entry.trim() || []);
+}
+
+function listOf(form: RegExp, allowed: string): (list: string) => readonly string[] {
+  return (list) => {
+    const entries = splitList(list);
+    if (entries.every((entry) => form.test(entry))) return entries;
+    throw new Error(`must be ${allowed}, separated by commas`);
+  };
 }
 
 /**
@@ -303,192 +287,383 @@ function oneOf<T extends string>(variable: string, value: string, allowed: reado
  * @throws StartError that names the variable, its value and what is allowed
  */
 export function readConfig(env: Record<string, string | undefined>): Config {
-  if (env.REUSE_PORT === "1" && !env.REDIS_URL) {
+  const entries = Object.entries(SETTINGS).map(([name, [variable, fallback, read]]) => {
+    const value = env[variable] || fallback;
+    try {
+      return [name, read(value)];
+    } catch (error) {
+      throw new StartError(`${variable}=${withoutPassword(value)}: ${(error as Error).message}.`);
+    }
+  });
+  const config: Config = { ...Object.fromEntries(entries), silenceSeconds: 50, expireMs: DAY_SECONDS * 1000 };
+  if (config.reusePort === "1" && config.redisUrls.length === 0) {
     throw new StartError("REUSE_PORT=1: needs REDIS_URL, so that all servers on the port are one chat.");
   }
-  if (!env.TLS_CERT !== !env.TLS_KEY) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
-  return Object.freeze<Config>({
-    port: wholeNumber("PORT", env.PORT || "8080", 0, 65535),
-    host: (env.HOST ?? "").replace(/^\[(.*)\]$/, "$1"), // an IPv6 address, as a URL has it
-    db: (env.CHAT_DB ?? "").trim() || "chat.sqlite",
-    sync: oneOf("CHAT_SYNC", env.CHAT_SYNC || "full", SYNC_MODES),
-    redisUrl: env.REDIS_URL || "",
-    prefix: env.CHAT_PREFIX || "chat:",
-    idleDays: wholeNumber("CHAT_IDLE_DAYS", env.CHAT_IDLE_DAYS || "30", 0, 36_500),
-    history: wholeNumber("CHAT_HISTORY", env.CHAT_HISTORY || "10000", 1, 10_000_000),
-    rate: wholeNumber("CHAT_RATE", env.CHAT_RATE || "20", 0, 1_000_000),
-    origins: readOrigins(env.CHAT_ORIGINS || ""),
-    password: env.CHAT_PASSWORD || "",
-    proxies: wholeNumber("CHAT_PROXIES", env.CHAT_PROXIES || "0", 0, 10),
-    tlsCert: env.TLS_CERT || "",
-    tlsKey: env.TLS_KEY || "",
-    reusePort: wholeNumber("REUSE_PORT", env.REUSE_PORT || "0", 0, 1) === 1,
-    logLevel: oneOf("LOG_LEVEL", env.LOG_LEVEL || "info", LOG_LEVELS),
-  });
+  if (!config.tlsCert !== !config.tlsKey) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
+  if (config.operator !== "" && config.operator === config.password) {
+    throw new StartError("CHAT_OPERATOR: must differ from CHAT_PASSWORD, or everyone is the operator.");
+  }
+  return Object.freeze(config);
 }
 
-/** A list of origins (as `URL` writes them) or hosts (as given), separated by commas. @throws StartError */
-function readOrigins(list: string): readonly string[] {
-  const entries = list
-    .split(",")
-    .map((entry) => entry.trim())
-    .filter((entry) => entry !== "");
-  return entries.map((entry) => {
-    if (entry === "*") return entry;
-    const url = URL.parse(entry.includes("://") ? entry : `http://${entry}`);
-    const bare =
-      url &&
-      !entry.includes("*") &&
-      /^https?:$/.test(url.protocol) &&
-      `${url.pathname}${url.search}${url.hash}` === "/";
-    if (bare) return entry.includes("://") ? url.origin : entry;
-    throw new StartError(
-      `CHAT_ORIGINS=${list}: must be origins (https://a.example) or hosts, separated by commas, or *.`,
-    );
-  });
+/** One URL, or several, without what stands before the last @ of each: a password may have an @. */
+function withoutPassword(urls: string): string {
+  return urls.replace(/\/\/[^,]*@/g, "//…@");
 }
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
-
-/** Logs an outage when it begins and when it ends, however often it shows in between. */
-class Outage {
-  #begun = false;
-
-  constructor(readonly log: Logger) {}
-
-  begins(line: string): void {
-    if (!this.#begun) this.log("error", line);
-    this.#begun = true;
-  }
-
-  ends(line: string): void {
-    if (this.#begun) this.log("error", line);
-    this.#begun = false;
-  }
-}
 
 /** Prints lines up to a level: errors to standard error, the rest to standard output. */
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
-    // Names and texts may hold signs that turn a line around, or that a terminal obeys. (Those of the banner are ours.)
-    const seen = line.replace(
-      /(?![\n\x1b])[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu,
-      (sign) => `\\u{${(sign.codePointAt(0) as number).toString(16)}}`,
-    );
+    // Names and texts may hold characters that reverse a line, or that a terminal obeys.
+    const escape = (character: string) => `\\u{${character.codePointAt(0)?.toString(16)}}`;
+    const seen = line.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escape);
     if (level === "error") console.error(seen);
     else console.log(seen);
   };
 }
 
-// ─── Broker: what stores messages and says what is stored ────────────────────────────────────────────────────────────
+/** Logs an outage when it begins and when it ends, however often it shows in between. */
+class Outage {
+  #isOver = true;
 
-/** A post on its way to the log. */
-interface Post {
-  readonly room: string;
-  readonly at: number;
-  readonly name: string;
-  readonly text: string;
-  readonly key: string | undefined;
-  /** Who gets the `ack`, or is told that the post could not be stored. */
-  readonly sender: Member;
+  constructor(readonly log: Logger) {}
+
+  begins(line: string): void {
+    if (this.#isOver) this.log("error", line);
+    this.#isOver = false;
+  }
+
+  ends(line: string): void {
+    if (!this.#isOver) this.log("error", line);
+    this.#isOver = true;
+  }
 }
 
-/** A room's log as it was when it was opened. */
-interface LogState {
-  readonly epoch: string;
-  /** Seqs of the oldest and the newest message; an empty log has 1 and 0. */
-  readonly first: number;
-  readonly last: number;
+// ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
+
+/** A token bucket for each sender, or address: `burst` tokens after a silence, `perSecond` on average. Full ones are forgotten. */
+class TokenBuckets<Owner> {
+  readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
+
+  constructor(
+    readonly perSecond: number,
+    readonly burst: number,
+  ) {}
+
+  /** Milliseconds until there is a token: 0 when there is one now. */
+  wait(owner: Owner): number {
+    return Math.max(0, Math.ceil(((1 - this.#tokens(owner)) * 1000) / this.perSecond));
+  }
+
+  take(owner: Owner): void {
+    const tokens = this.#tokens(owner) - 1;
+    const [oldest] = this.#buckets.size < MAX_BUCKETS ? [] : this.#buckets.keys();
+    if (oldest !== undefined) this.#buckets.delete(oldest);
+    this.#buckets.set(owner, { tokens, at: performance.now() });
+  }
+
+  forgetFull(): void {
+    for (const owner of this.#buckets.keys()) if (this.#tokens(owner) === this.burst) this.#buckets.delete(owner);
+  }
+
+  #tokens(owner: Owner): number {
+    const { tokens, at } = this.#buckets.get(owner) ?? { tokens: this.burst, at: 0 };
+    return Math.min(this.burst, tokens + ((performance.now() - at) / 1000) * this.perSecond);
+  }
+}
+
+// ─── Rooms and their members: what is known of them ──────────────────────────────────────────────────────────────────
+
+type Socket = Bun.ServerWebSocket<Member>;
+
+/** What the handshake learns of a client. */
+interface Visitor {
+  readonly roomName: string;
+  readonly address: string; // where it comes from, for the log
+  readonly network: string; // whose rate it shares; "": this machine itself, which is free
+  readonly isChat: boolean; // it speaks chat.v1; else plain
+  readonly from: string | undefined; // its id in this room, if it brought the cookie
+  readonly role: Role;
+  readonly resume: { readonly epoch: string; readonly after: number } | undefined; // where it left off
+}
+
+type MemberState =
+  | "joining" // its hello is not out yet: its frames wait in the queue
+  | "here" // it gets every message of its room, and its frames are acted on
+  | "refused" // it was sent away: what it sends now would overtake what it must send again, and is ignored
+  | "gone"; // its socket is closed
+
+/** One connection, as `ws.data`. */
+class Member {
+  state: MemberState = "joining";
+  ws!: Socket; // set, as the room is, when the socket opens
+  room!: Room;
+  heardAt = performance.now(); // when something last came from it, on the monotonic clock
+  queue: { frame: ClientFrame | ErrorFrame; bytes: number }[] = []; // what came too fast, or before the hello
+  queueBytes = 0;
+  draining: Timer | undefined; // comes back for the queue
+  strikes = 0; // frames outside the protocol
+  typedAt = -Infinity;
+
+  constructor(
+    public name: string,
+    readonly visitor: Visitor,
+  ) {}
 }
 
 /** Who is in a room on one server. */
 interface Here {
-  readonly count: number;
-  /** Distinct, at most {@link PRESENCE_NAMES}. */
-  readonly names: string[];
+  readonly ids: string[]; // everybody who has an id, once
+  readonly nameless: number; // sockets without an id
+  readonly people: Person[]; // those of chat.v1, at most PRESENCE_PEOPLE
 }
 
-/** Stores posts, gives each the next seq of its room, and tells {@link BrokerEvents} what happened to it. */
+/** A room while somebody is in it: one object for the rooms and the broker. */
+class Room {
+  state: "opening" | "open" | "closed" = "opening"; // closed: the last member has left, or the room is lost
+  opened!: Promise<void>; // settles when its log is open
+  readonly members = new Set<Member>();
+  readonly chatTopic: string;
+  readonly plainTopic: string;
+  // What the brokers set:
+  epoch = ""; // names its log
+  first = 1; // the oldest seq in the store
+  last = 0; // the newest, and that of the last message delivered
+  row = 0; // SQLite: its row; 0 until its first message is stored
+  keys: Map<string, number> | undefined; // SQLite: the seqs of its messages by key, once they are needed
+  waiting: Post[] = []; // Redis: posts to be stored next
+  isStoring = false; // Redis: whether others are being stored
+  early: StoredNotice[] = []; // Redis: what was heard while the room was opening
+  // What the rooms set:
+  readonly pendingJoins = new Set<Message[]>(); // what was delivered since a joining member began to read the log
+  readonly elsewhere = new Map<string, Here>(); // who is here on other servers
+  announced = ""; // who is here on this one, as the others were last told
+  presence = ""; // the last presence frame
+  presenceAt = -Infinity;
+  presenceTimer: Timer | undefined;
+
+  constructor(
+    readonly name: string,
+    readonly broker: Broker, // the one that keeps its log
+  ) {
+    this.chatTopic = `chat.v1/${name}`;
+    this.plainTopic = `plain/${name}`;
+  }
+
+  /** As the server's own log names it. */
+  toString(): string {
+    return this.name === "" ? "the lobby" : `room "${this.name}"`;
+  }
+}
+
+// ─── In: receive and pace ────────────────────────────────────────────────────────────────────────────────────────────
+
+const PONG = encode({ type: "pong" });
+
+/** Takes frames from sockets, at each sender's rate, and hands posts to the broker. */
+class Inbox {
+  isStopping = false; // the server goes down: frames are ignored
+  readonly senders: TokenBuckets<Member>;
+  readonly addresses: TokenBuckets<string>; // many people may be behind one: it has several connections' worth
+
+  constructor(
+    readonly config: Config,
+    readonly rooms: Rooms,
+  ) {
+    const { rate } = config;
+    this.senders = new TokenBuckets(rate, rate * BURST_SECONDS);
+    this.addresses = new TokenBuckets(rate * ADDRESS_CONNECTIONS, rate * ADDRESS_CONNECTIONS * BURST_SECONDS);
+  }
+
+  /** A frame arrived. */
+  receive(ws: Socket, data: string | Buffer): void {
+    const member = ws.data;
+    member.heardAt = performance.now();
+    if (ws.readyState !== WebSocket.OPEN) return; // read together with a frame that closed the connection
+    if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
+    const frame: ClientFrame | ErrorFrame = member.visitor.isChat ? parseFrame(data) : { type: "post", text: data };
+    // A ping passes the queue, or a client that is slowed would take its connection for dead. Never before the hello.
+    if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
+    this.pace(member, frame, data.length);
+  }
+
+  /** Acts on a frame at once while the sender keeps to the rate; else the frame waits its turn in the sender's queue. */
+  pace(member: Member, frame: ClientFrame | ErrorFrame, length: number): void {
+    const isNext = member.state === "here" && member.queue.length === 0;
+    if (isNext && this.#takeTokens(member) === 0) return this.#act(member, frame);
+    const bytes = length + QUEUE_FRAME_BYTES;
+    member.queue.push({ frame, bytes });
+    member.queueBytes += bytes;
+    if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
+    if (member.state === "here") this.drain(member);
+  }
+
+  /** Takes as many frames from a member's queue as the rates allow, and comes back for the rest. */
+  drain(member: Member): void {
+    if (member.draining) return;
+    let wait = 0;
+    while (member.queue.length > 0 && (wait = this.#takeTokens(member)) === 0) {
+      const { frame, bytes } = member.queue.shift() as Member["queue"][0];
+      member.queueBytes -= bytes;
+      this.#act(member, frame);
+    }
+    if (member.state !== "here") return;
+    if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
+    if (member.queue.length === 0) return;
+    const again = () => {
+      member.draining = undefined;
+      this.drain(member);
+    };
+    // No more often than its own tokens come, though many connections may wait for one address.
+    member.draining = setTimeout(again, Math.max(wait, 1000 / this.config.rate));
+  }
+
+  /** Takes a token of the sender and one of its address, and returns 0; or the milliseconds until there are both. */
+  #takeTokens(member: Member): number {
+    if (this.config.rate === 0) return 0;
+    const { network } = member.visitor;
+    const wait = Math.max(this.senders.wait(member), network === "" ? 0 : this.addresses.wait(network));
+    if (wait > 0) return wait;
+    this.senders.take(member);
+    if (network !== "") this.addresses.take(network);
+    return 0;
+  }
+
+  /** Does what a frame asks. */
+  #act(member: Member, frame: ClientFrame | ErrorFrame): void {
+    if (this.isStopping || member.state === "refused") return;
+    if (frame.type === "post") this.#post(member, frame.text, frame.key);
+    else if (frame.type === "remove") this.#remove(member, frame.seq, frame.key);
+    else if (frame.type === "page") this.#page(member, frame.before);
+    else if (frame.type === "name") this.#rename(member, frame.name);
+    else if (frame.type === "typing") this.#typing(member);
+    else if (frame.type === "error") this.#complain(member, frame);
+    else member.ws.send(PONG);
+  }
+
+  #post(member: Member, text: string, key: string | undefined): void {
+    const { isChat } = member.visitor;
+    if (isTooLong(text) && !isChat) return member.ws.close(CLOSE.tooBig, ERRORS["too-long"]);
+    if (isTooLong(text)) return this.#complain(member, errorFrame("too-long", key));
+    if (isChat && !KEY.test(key ?? "")) return this.#complain(member, errorFrame("bad-key"));
+    if (isChat && text === "") return this.#complain(member, errorFrame("empty", key));
+    // A lone surrogate has no UTF-8: it is replaced here, so that what is seen now and what is read later are the same.
+    this.#append(member, { text: text.toWellFormed(), key });
+  }
+
+  #remove(member: Member, removes: number, key: string): void {
+    if (!KEY.test(key)) return this.#complain(member, errorFrame("bad-key"));
+    if (!isSeq(removes)) return this.#complain(member, badFrame('"seq" is a whole number from 1.'));
+    this.#append(member, { text: "", removes, key });
+  }
+
+  #append(sender: Member, post: Pick<Message, "text" | "removes" | "key">): void {
+    const { room, name, visitor } = sender;
+    room.broker.append({ room, sender, at: Date.now(), name, from: visitor.from, ...post });
+  }
+
+  #page(member: Member, before: number): void {
+    const { room, ws } = member;
+    if (!isSeq(before)) return this.#complain(member, badFrame('"before" is a whole number from 1.'));
+    const to = Math.min(before - 1, room.last);
+    const from = Math.max(firstKept(room, this.config), to - PAGE_MESSAGES + 1);
+    room.broker.read(room, from, to).then(
+      (messages) => ws.send(encode({ type: "page", messages })),
+      (error: Error) => this.rooms.unreadable(room, error),
+    );
+  }
+
+  #rename(member: Member, name: string): void {
+    const clean = cleanName(name);
+    if (clean === undefined) return this.#complain(member, errorFrame("bad-name"));
+    member.name = clean;
+    this.rooms.presenceChanged(member.room);
+  }
+
+  #typing(member: Member): void {
+    const { room, name, ws, typedAt } = member;
+    if (performance.now() - typedAt < TYPING_MS) return;
+    member.typedAt = performance.now();
+    ws.publish(room.chatTopic, encode({ type: "typing", name }), false); // to all but the sender
+    room.broker.typing(room, name);
+  }
+
+  /** Tells a client what was wrong with its frame, and ends the connection that keeps sending something else. */
+  #complain(member: Member, frame: ErrorFrame): void {
+    member.ws.send(encode(frame));
+    if (frame.code !== "bad-frame" || ++member.strikes < MAX_STRIKES) return;
+    member.ws.close(CLOSE.protocol, `${MAX_STRIKES} frames were not of the protocol chat.v1.`);
+  }
+}
+
+/** The oldest seq that counts as kept: what the store has before it is trimmed in time. */
+function firstKept(room: Room, { history }: Config): number {
+  return Math.max(room.first, room.last - history + 1);
+}
+
+// ─── Brokers: append ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+/** A post, or a removal, on its way to the log. */
+interface Post extends Omit<Message, "seq" | "removed"> {
+  readonly room: Room;
+  readonly sender: Member;
+}
+
+/** What becomes of a post that is no new message: the seq of the message that it already is; or why it is refused. */
+type Answer = number | "gone" | "not-yours";
+
+/** Keeps the logs of rooms. When it cannot tell what became of a post, or what comes next in a log, it loses the room. */
 interface Broker {
   /** Begins; resolves when posts can be taken, or when it is clear that they cannot for now. */
   start(): Promise<void>;
-  /**
-   * Opens a room's log and calls `opened` with its state. What is stored after that `last` is told to `stored`,
-   * until `close`. Rejects when the store cannot be reached.
-   */
-  open(room: string, opened: (state: LogState) => void): Promise<void>;
-  /** Ends what `open` began, when the last member has left. */
-  close(room: string): void;
-  /** Takes a post to store. Its outcome comes as an event: `stored`, `repeated` or `refused`, or the room is `lost`. */
+  /** Opens a room: sets its epoch, first and last, and its state. @throws when the store cannot be reached */
+  open(room: Room): Promise<void>;
+  /** Ends what `open` began. */
+  close(room: Room): void;
+  /** Takes a post to store; then it is delivered to its room, or its sender is answered, or the room is lost. */
   append(post: Post): void;
-  /** Messages of an open room with `from <= seq <= to`, ascending: the newest `limit` and {@link PAGE_BYTES} of them. */
-  read(room: string, from: number, to: number, limit: number): Promise<Message[]>;
-  /** Says who is in a room here, and returns who is in it on each server, this one first. */
-  present(room: string, here: Here): Promise<Here[]>;
-  /** Says that somebody here types; it goes to the other servers. */
-  typing(room: string, name: string): void;
-  /** Stores and tells what still waits, and closes the store. */
-  stop(): Promise<void>;
+  /** Messages with `from <= seq <= to`, ascending: the newest {@link PAGE_BYTES} of them. */
+  read(room: Room, from: number, to: number): Promise<Message[]>;
+  /** Tells the other servers who is in a room here, and that somebody here types. */
+  announce(room: Room, here: Here): void;
+  typing(room: Room, name: string): void;
+  /** Stores and delivers what still waits. */
+  drain(): Promise<void>;
+  /** Closes the store. */
+  stop(): void;
 }
 
-/** What a broker tells. */
-interface BrokerEvents {
-  /** Messages of a room that were stored together: ascending, without a gap after those told before. */
-  stored(room: string, messages: Message[]): void;
-  /** A post whose key is in the log already. */
-  repeated(post: Post, seq: number): void;
-  /** Posts that were not stored, as far as is known. */
-  refused(posts: Post[]): void;
-  /** A room's log cannot be followed any further: its members must come back and take it from there. */
-  lost(room: string): void;
-  /** Presence of a room changed on another server. */
-  presenceChanged(room: string): void;
-  /** Somebody on another server types. */
-  typing(room: string, name: string): void;
-}
-
-/**
- * Collects posts to be stored together. After {@link GATHER_MS} of quiet a post is stored at once; else with those that
- * come within that time after it: less when they are {@link GATHER_POSTS} or {@link GATHER_CHARACTERS} before, or when
- * there is nobody to wait for.
- */
-class Gatherer {
-  #posts: Post[] = [];
+/** Gathers what is to be handled together: after {@link GATHER_MS} of quiet an item alone, else all that come in that time. */
+class Gatherer<Item> {
+  #items: Item[] = [];
   #characters = 0;
   #timer: Timer | undefined;
-  #immediate: ReturnType<typeof setImmediate> | undefined;
-  /** When `store` last returned, on the monotonic clock: from then on it is quiet. */
-  #flushedAt = -Infinity;
-  /** Who posted the last time, and has not yet again. */
-  #awaited = new Set<Member>();
+  #doneAt = -Infinity; // when the last batch was done, on the monotonic clock
 
-  constructor(readonly store: (posts: Post[]) => void) {}
+  constructor(readonly handle: (items: Item[]) => void) {}
 
-  add(post: Post): void {
-    this.#posts.push(post);
-    this.#characters += post.text.length;
-    this.#awaited.delete(post.sender);
-    const enough = this.#posts.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
-    const quiet = this.#posts.length === 1 && performance.now() - this.#flushedAt >= GATHER_MS;
-    if (enough || quiet) this.flush();
-    // All who posted last time have posted again, as programs do that wait for their own message: no more will come. Not
-    // before the end of this tick, for what was read together belongs together.
-    else if (this.#awaited.size === 0) this.#immediate ??= setImmediate(() => this.flush());
+  /** @param characters UTF-16 units of text in the item */
+  add(item: Item, characters: number): void {
+    this.#items.push(item);
+    this.#characters += characters;
+    const isEnough = this.#items.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
+    const isQuiet = this.#items.length === 1 && performance.now() - this.#doneAt >= GATHER_MS;
+    if (isEnough || isQuiet) this.flush();
     else this.#timer ??= setTimeout(() => this.flush(), GATHER_MS);
   }
 
   flush(): void {
     clearTimeout(this.#timer);
-    clearImmediate(this.#immediate);
-    this.#timer = this.#immediate = undefined;
-    const posts = this.#posts;
-    if (posts.length === 0) return;
-    this.#posts = [];
+    this.#timer = undefined;
+    if (this.#items.length === 0) return;
+    const items = this.#items;
+    this.#items = [];
     this.#characters = 0;
-    this.#awaited = new Set(posts.map(({ sender }) => sender));
-    this.store(posts);
-    this.#flushedAt = performance.now();
+    this.handle(items);
+    this.#doneAt = performance.now();
   }
 }
 
@@ -496,309 +671,220 @@ class Gatherer {
 function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
   let bytes = 0;
-  for (const each of newestFirst) {
-    bytes += Buffer.byteLength(JSON.stringify(each.text)) - 2; // as it is sent: a control character takes six bytes
+  for (const message of newestFirst) {
+    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2; // as it is sent: a control character takes six bytes
     if (bytes > PAGE_BYTES && messages.length > 0) break;
-    messages.push(each);
+    messages.push(message);
   }
   return messages.reverse();
 }
 
 // ─── Broker: SQLite, the default ─────────────────────────────────────────────────────────────────────────────────────
 
-/** A room's log as the SQLite broker knows it, while the room is open. */
-interface SqliteLog {
-  readonly room: string;
-  /** The room's row; 0 until its first message is stored, so that a visit alone leaves no trace. */
-  id: number;
-  readonly epoch: string;
-  /** The oldest row in the table: up to {@link TRIM_MESSAGES} more than are kept, until trimming begins. */
-  oldest: number;
-  last: number;
-  keys: KeyMap | undefined;
-}
-
-/**
- * The keys of a room's kept messages, and of as many before them, which do not count. In memory, because an index on
- * random keys costs ten times the insert. In two maps, of which the older is dropped as a whole, because a Map that
- * loses its oldest entries one by one gets slow.
- */
-class KeyMap {
-  #newer = new Map<string, number>();
-  #older: Map<string, number>;
-
-  /** @param keys those of the newest `history` messages, with their seqs */
-  constructor(
-    readonly history: number,
-    keys: Map<string, number>,
-  ) {
-    this.#older = keys;
-  }
-
-  /** The seq of a key, if its message is one of the newest `history` up to `last`. */
-  get(key: string, last: number): number | undefined {
-    const seq = this.#newer.get(key) ?? this.#older.get(key);
-    return seq !== undefined && seq > last - this.history ? seq : undefined;
-  }
-
-  set(key: string, seq: number): void {
-    this.#newer.set(key, seq);
-    if (this.#newer.size < this.history) return;
-    this.#older = this.#newer; // nothing in the older one is kept any longer: `history` messages came after it
-    this.#newer = new Map();
-  }
-}
-
-/** The messages of one room that are about to be stored together. */
-interface Batch {
-  readonly log: SqliteLog;
-  /** The room's row; made by the transaction, and true only once it is committed. */
-  id: number;
-  readonly messages: Message[];
-  readonly keys: Map<string, number>;
-  /** Posts whose key was there already, with its seq. */
-  readonly repeats: [Post, number][];
-}
-
 const INSERT_ROOM = "INSERT INTO rooms (name, epoch) VALUES (?, ?)";
-const INSERT_MESSAGE = "INSERT INTO messages (room, seq, at, name, key, text) VALUES (?, ?, ?, ?, ?, ?)";
+const INSERT_MESSAGE = `INSERT INTO messages (room, seq, at, name, sender, text, removes, removed, key)
+  VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)`;
+const COLUMNS = 'seq, at, messages.name, sender AS "from", text, removes, removed, key';
+type Row = { [Column in keyof Message]-?: Message[Column] | null };
 
-type Row = { seq: number; at: number; name: string; key: string | null; text: string };
+function messageOf(row: Row): Message {
+  const { seq, at, name, from, text, removes, removed, key } = row as Required<Row>;
+  const kept = { seq, at, name, from: from ?? undefined, text, removes: removes ?? undefined } as Message;
+  return { ...kept, removed: removed ? true : undefined, key: key ?? undefined };
+}
 
-/** Keeps the logs in one SQLite file. Posts that wait together are committed in one transaction, then told. */
+/** Keeps the logs in one SQLite file. Posts that wait together are committed in one transaction, then delivered. */
 class SqliteBroker implements Broker {
   readonly #db: Database;
-  /** Held for life, so that a second server on the same file is refused; the system frees it when the process dies. */
-  readonly #lock: Database | undefined;
-  readonly #logs = new Map<string, SqliteLog>();
+  readonly #close: () => void;
   readonly #insert: Statement;
-  readonly #select: Statement<Row, [number, number, number, number]>;
-  /** Commits posts or nothing. */
-  readonly #transaction: (batches: Iterable<Batch>) => void;
-  readonly #gatherer = new Gatherer((posts) => this.#commit(posts));
+  readonly #select: Statement<Row, [number, number, number]>;
+  readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // or none of them
+  readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
+  readonly #outage: Outage;
   #trimming: Timer | undefined;
   #expiring: Timer | undefined;
-  readonly #outage: Outage;
 
   /** @throws StartError when the database cannot be opened and written */
   constructor(
     readonly config: Config,
-    readonly events: BrokerEvents,
+    readonly rooms: Rooms,
     readonly log: Logger,
   ) {
-    const { db, lock } = openLocked(config);
+    const { db, close } = openLocked(config);
     this.#db = db;
-    this.#lock = lock;
+    this.#close = close;
+    this.#insert = db.query(INSERT_MESSAGE);
+    this.#select = db.query(`SELECT ${COLUMNS} FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC`);
+    this.#storeAll = db.transaction((posts: Post[]) => posts.map((post) => this.#store(post))).immediate;
     this.#outage = new Outage(log);
-    this.#insert = this.#db.query(INSERT_MESSAGE);
-    this.#select = this.#db.query(
-      "SELECT seq, at, name, key, text FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC LIMIT ?",
-    );
-    this.#transaction = this.#db.transaction((batches: Iterable<Batch>) => {
-      for (const batch of batches) this.#store(batch);
-    }).immediate;
   }
 
   async start(): Promise<void> {
-    this.#expireRooms(0);
+    // Not at once: a backup that is restored after a long time must not be emptied before anyone has looked at it.
+    if (this.config.idleDays > 0) this.#expiring = setInterval(() => void this.#forgetIdle(), this.config.expireMs);
   }
 
-  async open(room: string, opened: (state: LogState) => void): Promise<void> {
-    this.#gatherer.flush(); // posts of people who have just left: they belong to what is read now
+  async open(room: Room): Promise<void> {
+    this.#gatherer.flush(); // posts of clients who have just left this room: they belong to what is read now
     const found = this.#db
-      .query<{ id: number; epoch: string; oldest: number | null; last: number | null }, [string]>(
-        `SELECT id, epoch, (SELECT min(seq) FROM messages WHERE room = id) AS oldest,
+      .query<{ id: number; epoch: string; first: number | null; last: number | null }, [string]>(
+        `SELECT id, epoch, (SELECT min(seq) FROM messages WHERE room = id) AS first,
                            (SELECT max(seq) FROM messages WHERE room = id) AS last FROM rooms WHERE name = ?`,
       )
-      .get(room);
-    const { id = 0, epoch = randomName(), oldest, last } = found ?? {};
-    const log: SqliteLog = { room, id, epoch, oldest: oldest ?? 1, last: last ?? 0, keys: undefined };
-    this.#logs.set(room, log);
-    opened({ epoch, first: log.oldest, last: log.last });
+      .get(room.name);
+    room.row = found?.id ?? 0; // a visit alone leaves no trace
+    room.epoch = found?.epoch ?? randomHex(64);
+    room.first = found?.first ?? 1;
+    room.last = found?.last ?? 0;
+    room.state = "open";
   }
 
-  close(room: string): void {
-    const log = this.#logs.get(room);
-    // In a tick of its own: this may be called from inside `stored`, and posts of people who have just left may wait.
-    setImmediate(() => {
-      if (this.#logs.get(room) !== log) return;
-      this.#gatherer.flush();
-      this.#logs.delete(room);
-    });
-  }
+  close(): void {}
 
   append(post: Post): void {
-    this.#gatherer.add(post);
+    this.#gatherer.add(post, post.text.length);
   }
 
-  async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
-    const rows = Iterator.from(this.#select.iterate(this.#logs.get(room)?.id ?? 0, from, to, limit));
-    return newestThatFit(rows.map(({ seq, at, name, text, key }) => makeMessage(seq, at, name, text, key)));
+  /** Stores posts in one transaction, then delivers them. */
+  #commit(posts: Post[]): void {
+    const stored = new Map<Room, Message[]>();
+    const answers: [Post, Answer][] = [];
+    try {
+      // One post to a room that is there is one statement, which SQLite commits by itself, for less.
+      const isStatement = posts.length === 1 && posts.every(({ room, removes }) => room.row > 0 && !removes);
+      const outcomes = isStatement ? posts.map((post) => this.#store(post)) : this.#storeAll(posts);
+      for (const [i, post] of posts.entries()) {
+        const outcome = outcomes[i] as Message | Answer;
+        if (typeof outcome !== "object") answers.push([post, outcome]);
+        else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
+      }
+    } catch (error) {
+      this.#outage.begins(`The database cannot be written, posts are refused: ${(error as Error).message}`);
+      for (const { room } of posts) this.rooms.lose(room, "The message could not be stored"); // RULE 3
+      return;
+    }
+    this.#outage.ends("The database can be written again.");
+    // RULE 1: no await from the commit to here, nor in `deliver`.
+    for (const [room, messages] of stored) this.rooms.deliver(room, messages);
+    for (const [post, answer] of answers) this.rooms.answer(post, answer);
+    for (const room of stored.keys()) this.#trimSoon(room);
   }
 
-  async present(_room: string, here: Here): Promise<Here[]> {
-    return [here]; // one server is all there is
+  /** Writes a post as the next message of its room. What it changes in the room is right, or the commit fails and loses it. */
+  #store({ room, sender, ...post }: Post): Message | Answer {
+    const { at, name, from, text, removes, key } = post;
+    const known = key && (room.keys ??= this.#loadKeys(room)).get(key);
+    if (known && known > room.last - this.config.history) return known;
+    const refusal = removes && this.#erase(room, removes, sender);
+    if (refusal) return refusal;
+    if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
+    const seq = ++room.last;
+    this.#insert.run(room.row, seq, at, name, from ?? null, text, removes ?? null, null, key ?? null);
+    if (key) room.keys?.set(key, seq);
+    return { seq, ...post };
   }
+
+  /** Deletes the text of a message that is taken back, or says why not. */
+  #erase(room: Room, seq: number, { visitor: { from, role } }: Member): Answer | undefined {
+    const target = this.#select.get(room.row, seq, seq);
+    if (!target || target.removes !== null || seq <= room.last - this.config.history) return "gone";
+    if (role !== "operator" && !(from && target.from === from)) return "not-yours";
+    if (target.removed) return seq;
+    this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
+    return undefined;
+  }
+
+  /** In memory, because an index on random keys costs ten times the insert. */
+  #loadKeys(room: Room): Map<string, number> {
+    const keys = "SELECT key, seq FROM messages WHERE room = ? AND key IS NOT NULL ORDER BY seq";
+    return new Map(this.#db.query<never, [number]>(keys).values(room.row) as [string, number][]);
+  }
+
+  async read(room: Room, from: number, to: number): Promise<Message[]> {
+    return newestThatFit(Iterator.from(this.#select.iterate(room.row, from, to)).map(messageOf));
+  }
+
+  announce(): void {} // one server is all there is
 
   typing(): void {}
 
-  async stop(): Promise<void> {
+  async drain(): Promise<void> {
     this.#gatherer.flush();
+  }
+
+  stop(): void {
     clearTimeout(this.#trimming);
-    clearTimeout(this.#expiring);
-    this.#db.close();
-    this.#lock?.close();
+    clearInterval(this.#expiring);
+    this.#close();
   }
 
-  /** Stores posts in one transaction and tells what became of them. */
-  #commit(posts: Post[]): void {
-    const batches = new Map<string, Batch>();
-    try {
-      for (const post of posts) this.#assign(post, batches);
-      const [batch] = batches.values();
-      // One message of a room that is there is one statement, which SQLite commits by itself, for less.
-      if (posts.length === 1 && batch && batch.id !== 0) this.#store(batch);
-      else this.#transaction(batches.values());
-    } catch (error) {
-      this.#outage.begins(`The database cannot be written, posts are refused: ${(error as Error).message}`);
-      return this.events.refused(posts);
-    }
-    this.#outage.ends("The database can be written again.");
-    // RULE 1: no await from the commit to here, nor in `stored`.
-    for (const batch of batches.values()) this.#tell(batch);
-  }
-
-  /** Gives a post the next seq of its room, or finds that it is there already. */
-  #assign(post: Post, batches: Map<string, Batch>): void {
-    let batch = batches.get(post.room);
-    if (!batch) {
-      const log = this.#logs.get(post.room);
-      if (!log) throw new Error("A post came after its room was closed.");
-      log.keys ??= this.#loadKeys(log);
-      batches.set(post.room, (batch = { log, id: log.id, messages: [], keys: new Map(), repeats: [] }));
-    }
-    const { log, messages, keys, repeats } = batch;
-    const known = post.key && (log.keys?.get(post.key, log.last) ?? keys.get(post.key));
-    if (known) return void repeats.push([post, known]);
-    const seq = log.last + messages.length + 1;
-    if (post.key) keys.set(post.key, seq);
-    messages.push(makeMessage(seq, post.at, post.name, post.text, post.key));
-  }
-
-  /** Writes one room's messages, inside the transaction. */
-  #store(batch: Batch): void {
-    if (batch.id === 0) {
-      const { lastInsertRowid: id } = this.#db.query(INSERT_ROOM).run(batch.log.room, batch.log.epoch);
-      batch.id = Number(id);
-    }
-    for (const { seq, at, name, key, text } of batch.messages) {
-      this.#insert.run(batch.id, seq, at, name, key ?? null, text);
-    }
-  }
-
-  /** Makes what was committed true in memory, and tells it. */
-  #tell({ log, id, messages, keys, repeats }: Batch): void {
-    log.id = id;
-    log.last += messages.length;
-    for (const [key, seq] of keys) log.keys?.set(key, seq);
-    if (messages.length > 0) this.events.stored(log.room, messages);
-    for (const [post, seq] of repeats) this.events.repeated(post, seq);
-    if (log.last - log.oldest + 1 >= this.config.history + TRIM_MESSAGES) this.#trimSoon(log);
-  }
-
-  #loadKeys(log: SqliteLog): KeyMap {
-    const rows = this.#db
-      .query<{ key: string; seq: number }, [number, number]>(
-        "SELECT key, seq FROM messages WHERE room = ? AND seq > ? AND key IS NOT NULL ORDER BY seq",
-      )
-      .all(log.id, log.last - this.config.history);
-    return new KeyMap(this.config.history, new Map(rows.map(({ key, seq }) => [key, seq])));
-  }
-
-  /** Deletes the oldest messages of a room, a step at a time, so that posts get in between. */
-  #trimSoon(log: SqliteLog): void {
+  /** Deletes a step of a room's oldest messages when it has so many too many. */
+  #trimSoon(room: Room): void {
+    if (room.last - room.first + 1 < this.config.history + STEP_MESSAGES) return;
     this.#trimming ??= setTimeout(() => {
       this.#trimming = undefined;
-      const kept = log.last - this.config.history;
-      const upTo = Math.min(kept, log.oldest + TRIM_MESSAGES - 1);
       try {
-        this.#db.query("DELETE FROM messages WHERE room = ? AND seq <= ?").run(log.id, upTo);
-        log.oldest = upTo + 1;
+        const step = "DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key";
+        for (const [key] of this.#db.query(step).values(room.row, room.first + STEP_MESSAGES)) {
+          room.keys?.delete(key as string);
+        }
       } catch (error) {
-        return this.log("error", `The history cannot be trimmed: ${(error as Error).message}`);
+        return this.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
       }
-      if (upTo < kept) this.#trimSoon(log);
+      room.first += STEP_MESSAGES;
+      this.#trimSoon(room);
     }, GATHER_MS);
   }
 
-  /**
-   * Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}: those from row `from` on,
-   * a step at a time. Each step looks anew, for a room may be used again at any time.
-   */
-  #expireRooms(wait: number, from = 0): void {
-    if (this.config.idleDays === 0) return;
-    this.#expiring = setTimeout(() => {
-      try {
-        const room = this.#idleRoom(from);
-        if (!room) return this.#expireRooms(EXPIRE_MS);
-        const done = this.#logs.has(room.name) || this.#forgetSome(room.id);
-        this.#expireRooms(GATHER_MS, done ? room.id + 1 : room.id);
-      } catch (error) {
-        this.log("error", `Idle rooms cannot be forgotten now: ${(error as Error).message}`);
-        this.#expireRooms(EXPIRE_MS);
-      }
-    }, wait);
-  }
-
-  #idleRoom(from: number): { id: number; name: string } | null {
+  /** Forgets the rooms that nobody is in and nobody has posted to for {@link Config.idleDays}, one at a time. */
+  async #forgetIdle(): Promise<void> {
     const newest = "SELECT at FROM messages WHERE room = id ORDER BY seq DESC LIMIT 1";
-    return this.#db
-      .query<{ id: number; name: string }, [number, number]>(
-        `SELECT id, name FROM rooms WHERE id >= ? AND (${newest}) < ? ORDER BY id LIMIT 1`,
-      )
-      .get(from, Date.now() - this.config.idleDays * DAY_SECONDS * 1000);
-  }
-
-  /** Deletes a room's oldest messages, and with the last ones the room. Returns whether it is gone. */
-  #forgetSome(id: number): boolean {
-    const some = "DELETE FROM messages WHERE room = ?1 AND seq < (SELECT min(seq) FROM messages WHERE room = ?1) + ?2";
-    const empty = "DELETE FROM rooms WHERE id = ?1 AND NOT EXISTS (SELECT 1 FROM messages WHERE room = ?1)";
-    const both = this.#db.transaction(() => {
-      this.#db.query(some).run(id, TRIM_MESSAGES);
-      return this.#db.query(empty).run(id).changes > 0;
-    });
-    return both.immediate();
+    const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(
+      `SELECT id, name FROM rooms WHERE id > ? AND (${newest}) < ? ORDER BY id LIMIT 1`,
+    );
+    const since = Date.now() - this.config.idleDays * DAY_SECONDS * 1000;
+    try {
+      for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
+        id = room.id;
+        this.#gatherer.flush(); // a post of a client that has just left would go to a room that is not there
+        if (this.rooms.open.has(room.name)) continue;
+        this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
+        this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
+        this.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
+      }
+    } catch (error) {
+      this.log("error", `Idle rooms cannot be forgotten now: ${(error as Error).message}`);
+    }
   }
 }
 
-/** A random name, for a log or a server: another one never has it. */
-function randomName(): string {
-  return Buffer.from(crypto.getRandomValues(new Uint8Array(8))).toString("hex");
-}
-
-/** Opens the database and keeps every other server off it. @throws StartError when it cannot be opened and written */
-function openLocked({ db: path, sync }: Config): { db: Database; lock: Database | undefined } {
+/**
+ * Opens the database and keeps every other server off it, by a lock that the system frees when the process dies.
+ * @throws StartError when it cannot be opened and written
+ */
+function openLocked({ db: path, sync }: Config): { db: Database; close: () => void } {
   let lock: Database | undefined;
   try {
     if (path !== ":memory:") {
       closeSync(openSync(path, "a")); // it is there from now on: by all its names the lock is the same
-      lock = lockDatabase(`${realpathSync(path)}-lock`);
+      lock = new Database(`${realpathSync(path)}-lock`);
+      lock.run("PRAGMA busy_timeout = 500"); // of two that start at the same moment, one gets it
+      lock.run("BEGIN EXCLUSIVE"); // and keeps it: it never ends
     }
-    return { db: openDatabase(path, sync), lock };
+    const db = openDatabase(path, sync);
+    const close = () => {
+      db.run("PRAGMA wal_checkpoint(TRUNCATE)"); // so that no text that was taken back is left there
+      db.close();
+      lock?.close();
+    };
+    return { db, close };
   } catch (error) {
     lock?.close();
-    const locked = (error as { code?: string }).code === "SQLITE_BUSY";
-    const why = locked ? "another process holds it; is a second server running?" : `${(error as Error).message}.`;
+    const isLocked = (error as { code?: string }).code === "SQLITE_BUSY";
+    const why = isLocked ? "another process holds it; is a second server running?" : `${(error as Error).message}.`;
     throw new StartError(`CHAT_DB=${path}: the database cannot be opened and written: ${why}`);
   }
-}
-
-/** Takes the lock that keeps a second server off the database. @throws when it is taken */
-function lockDatabase(path: string): Database {
-  const lock = new Database(path);
-  lock.run("PRAGMA busy_timeout = 500"); // of two that start at the same moment, one gets it
-  lock.run("BEGIN EXCLUSIVE"); // and keeps it: it never ends
-  return lock;
 }
 
 /** Opens the database for reading and writing, with its tables. @throws when that is not possible */
@@ -808,588 +894,404 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   db.run("PRAGMA journal_mode = WAL");
   db.run("PRAGMA wal_autocheckpoint = 4000"); // pages: 16 MB. A page that is written often is then copied once for many
   db.run(`PRAGMA synchronous = ${sync}`);
-  db.run(`CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)`);
+  db.run("PRAGMA secure_delete = ON"); // what was taken back is overwritten, not only unlinked
+  db.run("CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)");
   db.run(`CREATE TABLE IF NOT EXISTS messages (
     room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
     PRIMARY KEY (room, seq)) WITHOUT ROWID`);
-  db.run("PRAGMA user_version = 1"); // The first write: a read-only file or a full disk is found now, not at the first post.
+  // These are the tables of version 1. A new file and one of that version are taken over alike.
+  const { user_version: version } = db.query("PRAGMA user_version").get() as { user_version: number };
+  db.transaction(() => {
+    const added = version < 2 ? ["sender TEXT", "removes INTEGER", "removed INTEGER"] : [];
+    for (const column of added) db.run(`ALTER TABLE messages ADD COLUMN ${column}`);
+    db.run("PRAGMA user_version = 2"); // a write in any case: a read-only file or a full disk is found now
+  }).immediate();
   return db;
 }
 
 // ─── Broker: Redis, for more than one server ─────────────────────────────────────────────────────────────────────────
 //
-// Keys, after CHAT_PREFIX:   room:<room>   hash: epoch, last …        log:<room>   stream: the messages, `<seq>-0` each
-//                            keys:<room>   hash: key → seq            feed         stream: what happened, in all rooms
-//                            here:<server>:<room>   presence          servers      sorted set: the servers that live
-//                            generation    a time: a later one when Redis has lost something
+// Keys, after CHAT_PREFIX:       room:<room>  hash: epoch, and the seq of the newest message
+//                                log:<room>   list: the messages as JSON; trimming does not move an index from its end
+//                                keys:<room>  hash: key → seq
+//                                data         a random name: another data set has another
+// Channels, after CHAT_PREFIX:   room:<room>  what was stored; who is in the room on a server; who types
+//                                servers      the servers' heartbeats
 //
-// A post is stored by one script, which dedups, counts and writes log and feed in one step. Every server follows the feed
-// on a connection of its own: it alone publishes, in the order it reads. Streams, not pub/sub: after an outage the
-// tail goes on where it was, and finds in the logs what the feed no longer has.
+// The log is the truth, the channel only the quick way to hear of it. A server delivers what it hears if that is exactly
+// what comes next; anything else is doubt (RULE 3).
 
-/** Milliseconds that a tail read waits in Redis, and past which, with the margin, its connection is dead. */
-const BLOCK_MS = 2000;
-const BLOCK_MARGIN_MS = 1500;
-/** Milliseconds for any other answer of Redis. */
-const REDIS_MS = 2500;
-/** Milliseconds without the feed after which this server sends its members away, to try again until it is back. */
-const AWAY_MS = 3000;
-/** Milliseconds between two tries to reach Redis: the first, and the longest. */
-const RETRY_MS = 50;
+const RETRY_MS = 50; // between two tries to reach Redis: the first, and the longest
 const MAX_RETRY_MS = 1000;
-/** Entries of the feed that are kept: what a server may lag behind before it must look into the logs. */
-const FEED_ENTRIES = 4096;
-/** Milliseconds between two signs of life of a server, and seconds after the last one until its members are gone. */
-const HEARTBEAT_MS = 3000;
-const ALIVE_SECONDS = 9;
-/** Entries of the feed that are read at once. */
-const FEED_READ = 1000;
-/** Milliseconds that `stop` waits for Redis; with STOP_MS it is within the three seconds that a stop may take. */
-const FINISH_MS = 800;
-/** Messages of a room between two looks at what can be trimmed. */
-const TRIM_EVERY = 100;
-/** Posts that are stored in one round trip at most. */
-const STORE_POSTS = 1000;
-/** Seconds that a room lives at least after a server opened it; as long as it is open there, it is opened again twice in that time. */
-const OPEN_SECONDS = 3600;
+const HEARTBEAT_MS = 2000; // between two heartbeats of a server
+const SILENT_MS = 5000; // without a byte, after which a connection is given up: on each a heartbeat goes or comes
+const ALIVE_MS = 9000; // without a heartbeat, after which a server's people are gone
+const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
+const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
+const KEEP_BEATS = 900; // after which an open room is given OPEN_SECONDS again
+const LOG_DIGITS = 16; // of an epoch: they name the log in Redis, those after them the run of Redis
 
-/**
- * What every script begins with. ARGV: prefix, the generation and the newest entry of its feed that are known here (both empty
- * at first), a new name. Redis may come back without what it had, or with an older state of it: that entry is missing then.
- * From there on everything is of another generation, and a log of an earlier one gets another epoch before it is used again.
- * Generations are times in microseconds, or later than the one before: that of an older state is known by it.
- * Every script ends with `answer`: the generation, the newest entry of its feed, and the result.
- */
+/** What every script on a room begins with. KEYS: room, log, keys. */
 const SCRIPT_HEAD = `
-local prefix, known, newest, new = unpack(ARGV, 1, 4)
-local feed, generation = prefix .. 'feed', redis.call('GET', prefix .. 'generation')
-local there = generation == known and redis.call('XREVRANGE', feed, newest, '-', 'COUNT', 1)[1]
--- Where older entries are, and it is not, it was not trimmed.
-if not generation or generation < known or there and there[1] ~= newest then
-  local time = redis.call('TIME')
-  generation = string.format('%016.0f', math.max(time[1] * 1000000 + time[2], (tonumber(known) or 0) + 1))
-  redis.call('SET', prefix .. 'generation', generation)
-  redis.call('XADD', feed, '*', 'room', '', 'from', '', 'what', 'generation', 'name', '') -- the feed is never empty
-end
-local function answer(result)
-  return {generation, redis.call('XREVRANGE', feed, '+', '-', 'COUNT', 1)[1][1], result}
-end
-local function names(room)
-  return prefix .. 'room:' .. room, prefix .. 'log:' .. room, prefix .. 'keys:' .. room
-end
-local function expire(idle, ...) -- in so many seconds, or never
-  for _, name in ipairs({...}) do
+local room, log, keys = unpack(KEYS)
+local epoch, last = unpack(redis.call('HMGET', room, 'epoch', 'last'))
+last = tonumber(last or 0)
+local function expire(idle) -- in so many seconds, or never
+  for _, name in ipairs(KEYS) do
     if idle > 0 then redis.call('EXPIRE', name, idle) else redis.call('PERSIST', name) end
   end
 end
-local function open(room)
-  local meta, log, keys = names(room)
-  local epoch, made_in = unpack(redis.call('HMGET', meta, 'epoch', 'generation'))
-  if not epoch then
-    redis.call('DEL', log, keys)
-    redis.call('HSET', meta, 'last', 0)
-    expire(${OPEN_SECONDS}, meta)
-  end
-  if made_in ~= generation then -- or it is new
-    epoch = new
-    redis.call('HSET', meta, 'epoch', epoch, 'generation', generation)
-  end
-  return epoch, meta, log, keys
-end`;
+`;
 
 /**
- * ARGV: history, seconds until an idle room expires (0: never), then of each post the room, its epoch as it is known here
- * ("": any will do), at, name, text, key. Returns of each the seq that it got, minus the one that it had already, or 0: the log
- * is another one, and what its sender posted before may be lost, and has to come again first.
+ * Stores posts and publishes them in one step, so that they are heard in the order of the log. ARGV: the epoch that the
+ * server knows, history, seconds until an idle room expires (0: never), channel; then of each post its key, the seq that
+ * it removes, whose messages its sender may remove ("*": all), and its JSON after `{"seq":…,`. Returns nil when the log is
+ * another one; else of each post the seq that it got, minus the seq that it already had, or why it was refused.
  */
-const APPEND_SCRIPT = `${SCRIPT_HEAD}
-local history, idle = tonumber(ARGV[5]), tonumber(ARGV[6])
-local seqs = {}
-for i = 7, #ARGV, 6 do
-  local room, expected, at, name, text, key = unpack(ARGV, i, i + 5)
-  local epoch, meta, log, keys = open(room)
-  local same = expected == '' or expected == epoch
-  local stored = same and key ~= '' and redis.call('HGET', keys, key)
-  if not same then
-    seqs[#seqs + 1] = 0
-  elseif stored then
-    seqs[#seqs + 1] = -stored
-  else
-    local seq = redis.call('HINCRBY', meta, 'last', 1)
-    redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
-    if key ~= '' then redis.call('HSET', keys, key, seq) end
-    redis.call('XADD', feed, 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch,
-      'seq', seq, 'at', at, 'name', name, 'text', text, 'key', key)
-    if seq > history and seq % ${TRIM_EVERY} == 0 then
-      local old = redis.call('XRANGE', log, '-', (seq - history) .. '-0', 'COUNT', ${TRIM_MESSAGES})
-      for _, entry in ipairs(old) do redis.call('HDEL', keys, entry[2][8]) end -- the value of its fourth field, key
-      if old[1] then redis.call('XTRIM', log, 'MINID', old[#old][1]) end
-    end
-    expire(idle, meta, log, keys)
-    seqs[#seqs + 1] = seq
-  end
+const STORE_SCRIPT = `${SCRIPT_HEAD}
+if epoch ~= ARGV[1] then return false end
+local history = tonumber(ARGV[2])
+local function erase(target, whose)
+  local index = target - last - 1
+  local text = index < 0 and target > last - history and redis.call('LINDEX', log, index)
+  local message = text and cjson.decode(text)
+  if not message or message.removes then return 'gone' end
+  if whose ~= '*' and message.from ~= whose then return 'not-yours' end
+  if message.removed then return -target end
+  message.text, message.removed = '', true
+  redis.call('LSET', log, index, cjson.encode(message))
 end
-return answer(seqs)`;
+local answers, stored, length = {}, {}, 0
+for i = 5, #ARGV, 4 do
+  local key, target, whose, rest = unpack(ARGV, i, i + 3)
+  local known = key ~= '' and redis.call('HGET', keys, key)
+  local answer = known and -known or target ~= '' and erase(tonumber(target), whose)
+  if not answer then
+    last = last + 1
+    answer = last
+    stored[#stored + 1] = '{"seq":' .. last .. ',' .. rest
+    length = redis.call('RPUSH', log, stored[#stored])
+    if key ~= '' then redis.call('HSET', keys, key, last) end
+  end
+  answers[#answers + 1] = answer
+end
+if #stored == 0 then return answers end
+redis.call('HSET', room, 'last', last)
+if length >= history + ${TRIM_TOGETHER} then
+  for _, text in ipairs(redis.call('LRANGE', log, 0, -history - 1)) do
+    local key = cjson.decode(text).key
+    if key then redis.call('HDEL', keys, key) end
+  end
+  redis.call('LTRIM', log, -history, -1)
+end
+expire(tonumber(ARGV[3]))
+redis.call('PUBLISH', ARGV[4], '{"epoch":"' .. epoch .. '","messages":[' .. table.concat(stored, ',') .. ']}')
+return answers`;
 
-/** Only looks whether Redis has lost something. */
-const CHECK_SCRIPT = `${SCRIPT_HEAD}
-return answer(false)`;
-
-/** ARGV: room. Keeps it for a while, or makes it. Returns its epoch, the id of its oldest message, and the seq of its newest. */
+/** ARGV: an epoch for a new room. Makes the room, or keeps it for a while. Returns its epoch, its last seq and its length. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
-local epoch, meta, log, keys = open(ARGV[5])
-for _, name in ipairs({meta, log, keys}) do redis.call('EXPIRE', name, ${OPEN_SECONDS}, 'GT') end
-local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
-return answer({epoch, oldest and oldest[1] or '1-0', redis.call('HGET', meta, 'last')})`;
+if not epoch then
+  epoch, last = ARGV[1], 0
+  redis.call('DEL', log, keys)
+  redis.call('HSET', room, 'epoch', epoch, 'last', last)
+  redis.call('EXPIRE', room, ${OPEN_SECONDS})
+end
+for _, name in ipairs(KEYS) do redis.call('EXPIRE', name, ${OPEN_SECONDS}, 'GT') end
+return {epoch, last, redis.call('LLEN', log)}`;
 
-/** ARGV: room, its epoch as it is known here, XRANGE or XREVRANGE, from, to, count. Returns entries, or nil: the log is another one. */
+/** ARGV: epoch ("": any), from, to. Returns the messages from one seq to the other, or nil when the log is another one. */
 const READ_SCRIPT = `${SCRIPT_HEAD}
-local epoch, meta, log = open(ARGV[5])
-return answer(epoch == ARGV[6] and redis.call(ARGV[7], log, ARGV[8], ARGV[9], 'COUNT', ARGV[10]))`;
+if ARGV[1] ~= '' and epoch ~= ARGV[1] then return false end
+return redis.call('LRANGE', log, math.max(ARGV[2] - last - 1, -redis.call('LLEN', log)), ARGV[3] - last - 1)`;
 
-/** ARGV: this server, seconds. Says that this server lives, and returns all that do. */
-const ALIVE_SCRIPT = `${SCRIPT_HEAD}
-local servers, now = prefix .. 'servers', tonumber(redis.call('TIME')[1])
-redis.call('ZREMRANGEBYSCORE', servers, '-inf', now)
-redis.call('ZADD', servers, now + ARGV[6], ARGV[5])
-return answer(redis.call('ZRANGE', servers, 0, -1))`;
+/** What was stored together in a room; the epoch is that of the log, without the run. */
+type StoredNotice = { readonly epoch: string; readonly messages: Message[] };
 
-/** A room's log as the Redis broker knows it, while the room is open here. */
-interface RedisLog {
-  readonly room: string;
-  epoch: string;
-  /** The newest seq that was told; undefined while the log is being opened. */
-  last: number | undefined;
-  /** What the feed brought while the log was being opened. */
-  early: Entry[];
-  /** What this server last said of the room's presence. */
-  here: string;
+/** What a server says on a room's channel: who is there, who types, or nothing, to ask who is there on the others. */
+type ServerNotice = { readonly server: string; readonly here?: Here; readonly typing?: string };
+
+/** The two connections to a Redis: they are used together, and replaced together when either fails. */
+interface Link {
+  readonly commands: Bun.RedisClient;
+  readonly subscriber: Bun.RedisClient;
+  /**
+   * Names the run of Redis: its process and its data set. It is part of every epoch, so that a log that has lost
+   * something is never taken for the one that a client has seen.
+   */
+  run: string;
 }
 
-/** A stored message, as the feed brings it. */
-interface Entry {
-  readonly epoch: string;
-  readonly message: Message;
-}
-
-/** An entry of a stream: its id, and its fields and values in turn. */
-type StreamEntry = [id: string, fields: string[]];
-
-/** Keeps the logs in Redis, which any number of servers share. */
+/** Keeps the logs of its rooms in one Redis, which any number of servers share. */
 class RedisBroker implements Broker {
   /** This server's name among those that share the Redis. */
-  readonly #server = randomName();
-  readonly #logs = new Map<string, RedisLog>();
-  readonly #gatherer = new Gatherer((posts) => void this.#storeInTurn(posts));
-  /** Posts that are next, and whether others are being stored. */
-  #waiting: Post[] = [];
-  #storing = false;
-  /** The connection for all but the tail; undefined until it is needed, and after it failed. */
-  #commands: Bun.RedisClient | undefined;
-  /** The {@link SCRIPT_HEAD generation} and the newest entry of its feed that are known here. */
-  #generation = "";
-  #newest = "";
-  /** The last entry that the tail has read; undefined at first and in a new generation, until `#catchUp` finds where to begin. */
-  #cursor: string | undefined;
-  /** The connection for the tail. */
-  #tail: Bun.RedisClient | undefined;
-  /** Whether messages may be missing: the feed was cut before it was read, or Redis lost something. The tail looks into the logs. */
-  #doubt = false;
-  /** When few messages were last told, on the monotonic clock: after many there is no pause. */
-  #toldAt = -Infinity;
-  /** Posts that Redis does not take. */
+  readonly #server = randomHex(64);
+  /** Undefined while Redis is away. */
+  #link: Link | undefined;
+  /** When there was last a sign of life of each server, on the monotonic clock. */
+  readonly #alive = new Map<string, number>();
+  #beats = 0;
+  #storing = 0; // rooms whose posts are being stored
+  readonly #gatherer = new Gatherer<{ room: Room; notice: StoredNotice }>((heard) => {
+    for (const [room, some] of Map.groupBy(heard, ({ room }) => room))
+      this.#deliver(
+        room,
+        some.map(({ notice }) => notice),
+      );
+  });
   readonly #outage: Outage;
-  /** Redis out of reach. */
-  readonly #unreachable: Outage;
-  /** Whether the feed is out of reach: rooms cannot be opened, posts are refused. */
-  #away = true;
-  #awayTimer: Timer | undefined;
-  #heartbeat: Timer | undefined;
-  /** Keeps the rooms that are open from expiring. */
-  #keeper: Timer | undefined;
-  /** The servers that live, as of the last heartbeat. */
-  #alive: string[] = [];
-  #stopped = false;
+  #isStopped = false;
 
-  /** @throws StartError when the address cannot be one of a Redis */
   constructor(
+    readonly url: string,
     readonly config: Config,
-    readonly events: BrokerEvents,
-    readonly log: Logger,
+    readonly rooms: Rooms,
+    log: Logger,
   ) {
     this.#outage = new Outage(log);
-    this.#unreachable = new Outage(log);
-    try {
-      connectRedis(config.redisUrl).close();
-    } catch (error) {
-      throw new StartError(`REDIS_URL=${withoutPassword(config.redisUrl)}: ${(error as Error).message}.`);
-    }
   }
 
-  async start(): Promise<void> {
+  start(): Promise<void> {
     const { promise, resolve } = Promise.withResolvers<void>();
-    void this.#follow(resolve);
-    this.#heartbeat = setInterval(() => void this.#beat(), HEARTBEAT_MS);
-    // In doubt the tail opens every open room once more.
-    this.#keeper = setInterval(() => (this.#doubt = true), (OPEN_SECONDS * 1000) / 2);
-    await promise;
+    void this.#keepLink(resolve);
+    return promise;
   }
 
-  async open(room: string, opened: (state: LogState) => void): Promise<void> {
-    if (this.#away) throw new Error("Redis cannot be reached");
-    const log: RedisLog = { room, epoch: "", last: undefined, early: [], here: "" };
-    this.#logs.set(room, log);
-    const state = await this.#openLog(room);
-    log.epoch = state.epoch;
-    log.last = state.last;
-    opened(state);
-    this.#take(log, log.early.splice(0));
+  async open(room: Room): Promise<void> {
+    const { subscriber, run } = this.#linkOrThrow();
+    await subscriber.subscribe(this.#channel(room), (text) => this.#onNotice(room, text));
+    const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
+    if (room.state === "closed") return;
+    room.epoch = epoch + run;
+    room.first = last - length + 1;
+    room.last = last;
+    room.state = "open";
+    this.#deliver(room, room.early.splice(0));
+    this.#tell(room, {});
   }
 
-  close(room: string): void {
-    const log = this.#logs.get(room);
-    this.#logs.delete(room);
-    if (!log || log.here === "" || this.#away || this.#stopped) return;
-    const said = this.#send("DEL", [this.#hereKey(this.#server, room)]).then(() => this.#notify("here", room, ""));
-    said.catch(ignore);
+  close(room: Room): void {
+    this.announce(room, { ids: [], nameless: 0, people: [] });
+    this.#link?.subscriber.unsubscribe(this.#channel(room)).catch(ignore);
   }
 
   append(post: Post): void {
-    if (this.#away) this.events.refused([post]);
-    else this.#gatherer.add(post);
+    post.room.waiting.push(post);
+    if (!post.room.isStoring) void this.#storeWaiting(post.room);
   }
 
-  async read(room: string, from: number, to: number, limit: number): Promise<Message[]> {
-    const log = this.#logs.get(room);
-    const entries = log && from <= to ? await this.#range(log, "XREVRANGE", to, from, limit) : [];
-    return newestThatFit(entries.map(streamMessage));
-  }
-
-  async present(room: string, here: Here): Promise<Here[]> {
-    const log = this.#logs.get(room);
-    const own = JSON.stringify(here);
-    if (log && log.here !== own) {
-      log.here = own;
-      await Promise.all([this.#keepHere(log), this.#notify("here", room, "")]).catch((error) => {
-        log.here = ""; // to be said again
-        throw error;
-      });
-    }
-    const others = this.#alive.filter((server) => server !== this.#server);
-    if (others.length === 0) return [here];
-    const said = (await this.#send(
-      "MGET",
-      others.map((server) => this.#hereKey(server, room)),
-    )) as (string | null)[];
-    return [here, ...said.flatMap((each) => (each === null ? [] : [JSON.parse(each) as Here]))];
-  }
-
-  typing(room: string, name: string): void {
-    if (this.#alive.length > 1) this.#notify("typing", room, name).catch(ignore);
-  }
-
-  async stop(): Promise<void> {
-    this.#gatherer.flush();
-    clearInterval(this.#heartbeat);
-    clearInterval(this.#keeper);
-    if (!this.#away) await inTime(this.#finish(), FINISH_MS).catch(ignore);
-    this.#stopped = true;
-    clearTimeout(this.#awayTimer); // not before: Redis may have gone while it was waited for
-    this.#commands?.close();
-    this.#tail?.close();
-  }
-
-  /** Takes this server off the list, and waits until what it has stored is told. */
-  async #finish(): Promise<void> {
-    while (this.#storing && !this.#stopped) await Bun.sleep(GATHER_MS);
-    await this.#send("ZREM", [`${this.config.prefix}servers`, this.#server]);
-    await this.#run(CHECK_SCRIPT, []);
-    const last = this.#newest;
-    while (idBefore(this.#cursor ?? last, last) && !this.#stopped) await Bun.sleep(GATHER_MS);
-  }
-
-  /** Stores posts, one batch after the other: nobody's later post is stored while it is open whether the earlier one was. */
-  async #storeInTurn(posts: Post[]): Promise<void> {
-    this.#waiting.push(...posts);
-    if (this.#storing) return; // what is being stored now comes first, then these
-    this.#storing = true;
-    try {
-      while (this.#waiting.length > 0) await this.#store(this.#waiting.splice(0, STORE_POSTS));
-    } finally {
-      this.#storing = false;
-    }
-  }
-
-  /** Stores posts in one round trip. Those that are stored come back by the feed; the rest is told here. */
-  async #store(gathered: Post[]): Promise<void> {
-    // A sender may have been refused since they were gathered: what failed then must come again before these.
-    const posts = gathered.filter(({ sender }) => !sender.refused);
-    if (posts.length === 0) return;
-    const { history, idleDays } = this.config;
-    const args = [`${history}`, `${idleDays * DAY_SECONDS}`];
-    const logs = posts.map(({ room }) => this.#logs.get(room));
-    for (const [i, { room, at, name, text, key }] of posts.entries()) {
-      // What a plain client posts may go to any log: it sends nothing again.
-      const expected = key === undefined ? "" : (logs[i]?.epoch ?? "");
-      args.push(room, expected, `${at}`, name, text, key ?? "");
-    }
-    try {
-      const seqs = (await this.#run(APPEND_SCRIPT, args)) as number[];
-      for (const [i, post] of posts.entries()) {
-        const seq = seqs[i] as number;
-        const log = logs[i];
-        if (seq < 0) this.events.repeated(post, -seq);
-        else if (seq === 0 && log) this.#lose(log);
-      }
-      this.#outage.ends("Redis takes posts again.");
-    } catch (error) {
-      this.#outage.begins(`Redis does not take posts, they are refused: ${(error as Error).message}`);
-      this.events.refused(posts);
-    }
-  }
-
-  // ── The tail ──
-
-  /** Follows the feed for ever, each time on a new connection. */
-  async #follow(tried: () => void): Promise<void> {
-    for (let retry = RETRY_MS; !this.#stopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
-      const tail = (this.#tail = connectRedis(this.config.redisUrl));
+  /** One batch at a time, so that a later post cannot overtake one that may not have been stored. */
+  async #storeWaiting(room: Room): Promise<void> {
+    room.isStoring = true;
+    this.#storing++;
+    while (room.waiting.length > 0) {
+      let characters = 0;
+      const end = room.waiting.findIndex(({ text }) => (characters += text.length) > GATHER_CHARACTERS);
       try {
-        await inTime(tail.connect(), REDIS_MS);
-        await this.#catchUp();
-        this.#back();
+        await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : Math.max(1, end)));
+        this.#outage.ends("Redis can be used again.");
+      } catch (error) {
+        this.#outage.begins(`Redis does not take posts: ${(error as Error).message}`);
+        room.waiting = []; // their senders send again, from the first post on
+        this.rooms.lose(room, "The message could not be stored"); // RULE 3
+      }
+    }
+    room.isStoring = false;
+    this.#storing--;
+  }
+
+  /** Stores posts in one round trip. They are delivered when they are heard of; those that were not stored are answered. */
+  async #store(room: Room, posts: Post[]): Promise<void> {
+    const { history, idleDays } = this.config;
+    const args = [logEpoch(room), `${history}`, `${idleDays * DAY_SECONDS}`, this.#channel(room)];
+    for (const { sender, at, name, from, text, removes, key } of posts) {
+      const whose = sender.visitor.role === "operator" ? "*" : (from ?? "");
+      const rest = JSON.stringify({ at, name, from, text, removes, key }).slice(1);
+      args.push(key ?? "", `${removes ?? ""}`, whose, rest);
+    }
+    const answers = (await this.#run(STORE_SCRIPT, room, args)) as Answer[] | null;
+    if (!answers) throw new Error(`the log of ${room} is another one`);
+    for (const [i, answer] of answers.entries()) {
+      if (typeof answer === "string") this.rooms.answer(posts[i] as Post, answer);
+      else if (answer < 0) this.rooms.answer(posts[i] as Post, -answer);
+    }
+  }
+
+  /** Something was said on a room's channel. */
+  #onNotice(room: Room, text: string): void {
+    const notice = JSON.parse(text) as StoredNotice | ServerNotice;
+    if ("epoch" in notice) return this.#gatherer.add({ room, notice }, text.length);
+    const { server, here, typing } = notice;
+    if (server === this.#server) return;
+    this.#alive.set(server, performance.now());
+    if (typing !== undefined) this.rooms.typing(room, typing);
+    else if (here) this.rooms.presentElsewhere(room, server, here);
+    else this.rooms.announceAgain(room);
+  }
+
+  /** Delivers what was heard of a room, if it is exactly what comes next. */
+  #deliver(room: Room, notices: StoredNotice[]): void {
+    if (room.state === "opening") return void room.early.push(...notices); // until it is known what comes next
+    if (room.state === "closed") return;
+    const messages: Message[] = [];
+    for (const notice of notices) {
+      if (notice.epoch !== logEpoch(room)) return this.rooms.lose(room, "Its log is another one"); // RULE 3
+      for (const message of notice.messages) {
+        const next = room.last + messages.length + 1;
+        if (message.seq > next) return this.rooms.lose(room, `Message ${next} was not heard`); // RULE 3
+        if (message.seq === next) messages.push(message); // a lower one was in the log when the room was opened
+      }
+    }
+    if (messages.length === 0) return;
+    // RULE 1: no await since `last` was read.
+    room.last += messages.length;
+    this.rooms.deliver(room, messages);
+  }
+
+  async read(room: Room, from: number, to: number): Promise<Message[]> {
+    if (to < from) return [];
+    const texts = (await this.#run(READ_SCRIPT, room, [logEpoch(room), `${from}`, `${to}`])) as string[] | null;
+    if (!texts) throw new Error("it is another one");
+    return newestThatFit(texts.reverse().map((text) => JSON.parse(text) as Message));
+  }
+
+  announce(room: Room, here: Here): void {
+    this.#tell(room, { here });
+  }
+
+  typing(room: Room, typing: string): void {
+    this.#tell(room, { typing });
+  }
+
+  async drain(): Promise<void> {
+    for (const until = performance.now() + DRAIN_MS; this.#storing > 0 && performance.now() < until;) {
+      await Bun.sleep(GATHER_MS);
+    }
+    await Bun.sleep(GATHER_MS); // what was stored is heard by now
+    this.#gatherer.flush();
+  }
+
+  stop(): void {
+    this.#isStopped = true;
+    this.#link?.commands.close();
+  }
+
+  // ── The link ──
+
+  /** Keeps the link, for ever: when a connection fails, both are replaced, and every room is lost. */
+  async #keepLink(tried: () => void): Promise<void> {
+    for (let retry = RETRY_MS; !this.#isStopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
+      const link: Link = { commands: connectRedis(this.url), subscriber: connectRedis(this.url), run: "" };
+      const fault = new AbortController();
+      link.commands.onclose = link.subscriber.onclose = (error) => fault.abort(error);
+      try {
+        await this.#connect(link);
+        this.#link = link;
+        this.#outage.ends("Redis can be used again.");
         retry = RETRY_MS;
         tried();
-        while (!this.#stopped) {
-          if (this.#doubt) await this.#catchUp();
-          await this.#readFeed(tail);
-        }
+        for (;;) await this.#beat(link).then(() => sleep(HEARTBEAT_MS, undefined, fault));
       } catch (error) {
-        if (!this.#stopped) this.#gone(error as Error);
-        tried();
-      } finally {
-        tail.close();
+        const { message } = fault.signal.aborted ? fault.signal.reason : error;
+        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}.`;
+        if (!this.#isStopped) this.#outage.begins(`${why} Trying again until it can.`);
       }
-      if (!this.#stopped) await Bun.sleep(retry);
+      this.#link = undefined;
+      link.commands.close();
+      link.subscriber.close();
+      for (const room of this.#rooms()) this.rooms.lose(room, "The store cannot be reached"); // RULE 3
+      tried();
+      if (!this.#isStopped) await Bun.sleep(retry);
     }
   }
 
-  /** Reads the feed once, and tells what it says. */
-  async #readFeed(tail: Bun.RedisClient): Promise<void> {
-    // Under load entries gather in the feed, as posts do before they are stored; enough at once need no wait.
-    await Bun.sleep(Math.max(0, this.#toldAt + GATHER_MS - performance.now()));
-    const feed = `${this.config.prefix}feed`;
-    const from = this.#cursor;
-    if (from === undefined) return; // a new generation: first `#catchUp`
-    const args = ["COUNT", `${FEED_READ}`, "BLOCK", `${BLOCK_MS}`, "STREAMS", feed, from];
-    const reply = (await inTime(tail.send("XREAD", args), BLOCK_MS + BLOCK_MARGIN_MS)) as Record<
-      string,
-      StreamEntry[]
-    > | null;
-    if (reply === null || this.#cursor === undefined) return; // silence; or a new generation has begun meanwhile
-    const byRoom = new Map<RedisLog, Entry[]>();
-    const read = reply[feed] ?? [];
-    this.#cursor = read.at(-1)?.[0] ?? from;
-    if (idBefore(this.#newest, this.#cursor)) this.#newest = this.#cursor;
-    for (const [, fields] of read) {
-      // A message: room, epoch, seq, at, name, text, key. A notice: room, from, what, name. Each field by name and value.
-      const [, room = "", secondField, epoch = "", , seq = "", ...rest] = fields;
-      const log = this.#logs.get(room);
-      if (log && secondField === "from") this.#hear(room, fields);
-      if (!log || secondField !== "epoch") continue;
-      const entries = byRoom.get(log) ?? [];
-      entries.push({ epoch, message: streamMessage([seq, rest]) }); // the rest is as the log has it
-      byRoom.set(log, entries);
-    }
-    for (const [log, entries] of byRoom) this.#take(log, entries);
-    if (byRoom.size > 0 && read.length < GATHER_POSTS) this.#toldAt = performance.now();
-    if (read.length < FEED_READ) return;
-    // This server lags: what it has not read yet may be cut off by now.
-    const [oldest] = (await this.#send("XRANGE", [feed, "-", "+", "COUNT", "1"])) as StreamEntry[];
-    if (!oldest || idBefore(from, oldest[0])) this.#doubt = true;
+  /** Connects, and learns the run before anything else is done. */
+  async #connect(link: Link): Promise<void> {
+    const { commands, subscriber } = link;
+    const { prefix } = this.config;
+    await Promise.all([commands.connect(), subscriber.connect()]);
+    await commands.send("SET", [`${prefix}data`, randomHex(64), "NX"]);
+    link.run = await this.#readRun(link);
+    await subscriber.subscribe(`${prefix}servers`, (server) => void this.#alive.set(server, performance.now()));
   }
 
-  /** A notice, by its fields: another server tells that presence changed, or that somebody types. */
-  #hear(room: string, [, , , from, , what, , name = ""]: string[]): void {
-    if (from === this.#server) return;
-    if (what === "typing") this.events.typing(room, name);
-    else this.events.presenceChanged(room);
+  /** Names the Redis process and its data set as they are now. */
+  async #readRun({ commands }: Link): Promise<string> {
+    const asked = [commands.send("INFO", ["server"]), commands.send("GET", [`${this.config.prefix}data`])];
+    const [info, data] = (await Promise.all(asked)) as [string, string | null];
+    return sha256(`${/run_id:(\w+)/.exec(info)?.[1]} ${data}`, "hex").slice(0, 12);
   }
 
-  /** Tells stored messages of a room, exactly those after the last one told. */
-  #take(log: RedisLog, entries: Entry[]): void {
-    if (log.last === undefined) return void log.early.push(...entries);
-    if (this.#logs.get(log.room) !== log) return;
-    const messages: Message[] = [];
-    for (const { epoch, message } of entries) {
-      if (epoch !== log.epoch) return this.#lose(log);
-      const next = log.last + messages.length + 1;
-      if (message.seq === next) messages.push(message);
-      else if (message.seq > next) this.#doubt = true; // the feed was cut before it was read: the log has the rest
-    }
-    log.last += messages.length;
-    // RULE 1: in the order of seq, and no await since `log.last` was read: by the tail, or by `open` what the tail brought before.
-    for (const some of inFrames(messages)) this.events.stored(log.room, some);
+  /** Says that this server lives, and finds out who else does, and whether Redis is still the same. */
+  async #beat(link: Link): Promise<void> {
+    await link.commands.publish(`${this.config.prefix}servers`, this.#server);
+    if ((await this.#readRun(link)) !== link.run) throw new Error("it has lost something, or is another one");
+    for (const [server, at] of this.#alive) if (performance.now() - at > ALIVE_MS) this.#forget(server);
+    if (++this.#beats % KEEP_BEATS === 0) for (const room of this.#rooms()) this.#keep(room);
   }
 
-  /** After a connection was lost, or in doubt: brings every open room up to date, or loses it. */
-  async #catchUp(): Promise<void> {
-    await this.#run(CHECK_SCRIPT, []);
-    this.#doubt = false;
-    this.#cursor ??= this.#newest;
-    const logs = [...this.#logs.values()].filter(({ last }) => last !== undefined);
-    const states = await Promise.all(logs.map(({ room }) => this.#openLog(room)));
-    for (const [i, log] of logs.entries()) {
-      const { epoch, last } = states[i] as LogState;
-      if (epoch === log.epoch) await this.#fill(log, last);
-      else this.#lose(log);
+  /** Forgets the people of a server that is silent. */
+  #forget(server: string): void {
+    this.#alive.delete(server);
+    for (const room of this.#rooms()) this.rooms.presentElsewhere(room, server, undefined);
+  }
+
+  /** Its open rooms. */
+  #rooms(): Room[] {
+    return [...this.rooms.open.values()].filter((room) => room.broker === this);
+  }
+
+  /** Keeps an open room from expiring. */
+  #keep({ name }: Room): void {
+    for (const key of roomKeys(this.config, name)) {
+      this.#link?.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
     }
   }
 
-  /** Tells what a log has after the last message told. */
-  async #fill(log: RedisLog, last: number): Promise<void> {
-    while ((log.last as number) < last && this.#logs.get(log.room) === log) {
-      const next = (log.last as number) + 1;
-      const messages = (await this.#range(log, "XRANGE", next, last, FEED_READ)).map(streamMessage);
-      if (messages[0]?.seq !== next) return this.#lose(log); // trimmed: too far behind
-      this.#take(
-        log,
-        messages.map((message) => ({ epoch: log.epoch, message })),
-      );
-    }
+  /** Says something to the other servers that have a room open. Where it is lost, so is the room. */
+  #tell(room: Room, notice: Omit<ServerNotice, "server">): void {
+    const text = JSON.stringify({ server: this.#server, ...notice });
+    this.#link?.commands.publish(this.#channel(room), text).catch(ignore);
   }
 
-  /** A room's log is another one now, or too far ahead: its members come back and take it from there. */
-  #lose(log: RedisLog): void {
-    if (this.#logs.get(log.room) === log) this.events.lost(log.room);
+  /** Sent whole: by its hash, it would have to be sent again to a Redis that has forgotten it. */
+  async #run(script: string, room: Room, args: string[]): Promise<unknown> {
+    const keys = roomKeys(this.config, room.name);
+    return this.#linkOrThrow().commands.send("EVAL", [script, "3", ...keys, ...args]);
   }
 
-  #back(): void {
-    this.#unreachable.ends("Redis is there again.");
-    clearTimeout(this.#awayTimer);
-    this.#awayTimer = undefined;
-    this.#away = false;
-    void this.#beat();
+  #channel({ name }: Room): string {
+    return `${this.config.prefix}room:${name}`;
   }
 
-  /** The feed is out of reach. A short while is bridged; then members are sent to try again, here or at another server. */
-  #gone(error: Error): void {
-    const redis = `REDIS_URL=${withoutPassword(this.config.redisUrl)}`;
-    this.#unreachable.begins(`${redis}: cannot be reached: ${error.message}. It is tried until it is there.`);
-    this.#awayTimer ??= setTimeout(() => {
-      this.#away = true;
-      for (const room of [...this.#logs.keys()]) this.events.lost(room);
-    }, AWAY_MS);
-  }
-
-  // ── Presence ──
-
-  /** Says that this server lives and who is in its rooms, and finds out who else lives. */
-  async #beat(): Promise<void> {
-    if (this.#away || this.#stopped) return;
-    try {
-      const logs = [...this.#logs.values()];
-      // First who is here, then that they count: whoever finds this server alive finds its people too.
-      const kept = logs.filter(({ here }) => here !== "").map((log) => this.#keepHere(log));
-      const said = this.#run(ALIVE_SCRIPT, [this.#server, `${ALIVE_SECONDS}`]);
-      const [alive] = (await Promise.all([said, ...kept])) as [string[]];
-      const changed = alive.toSorted().join() !== this.#alive.toSorted().join();
-      this.#alive = alive;
-      if (changed) for (const { room } of logs) this.events.presenceChanged(room);
-    } catch (error) {
-      this.log("debug", `A heartbeat failed: ${(error as Error).message}`);
-    }
-  }
-
-  /** Writes who is in a room here; it is gone when this server no longer writes it. */
-  #keepHere({ room, here }: RedisLog): Promise<unknown> {
-    return this.#send("SET", [this.#hereKey(this.#server, room), here, "EX", `${ALIVE_SECONDS}`]);
-  }
-
-  #hereKey(server: string, room: string): string {
-    return `${this.config.prefix}here:${server}:${room}`;
-  }
-
-  // ── Redis ──
-
-  /** Opens a room's log in Redis, which keeps it from expiring for {@link OPEN_SECONDS}, and makes it if there is none. */
-  async #openLog(room: string): Promise<LogState> {
-    const [epoch, oldest, last] = (await this.#run(OPEN_SCRIPT, [room])) as [string, string, string];
-    return { epoch, first: Number.parseInt(oldest), last: Number(last) };
-  }
-
-  /** Writes what is not stored into the feed: four fields, where a message has seven. */
-  #notify(what: "here" | "typing", room: string, name: string): Promise<unknown> {
-    const fields = ["room", room, "from", this.#server, "what", what, "name", name];
-    return this.#send("XADD", [`${this.config.prefix}feed`, "MAXLEN", "~", `${FEED_ENTRIES}`, "*", ...fields]);
-  }
-
-  /** Entries of an open room's log. There are none when it is another log by now. */
-  async #range(log: RedisLog, command: "XRANGE" | "XREVRANGE", from: number, to: number, count: number) {
-    const args = [log.room, log.epoch, command, `${from}-0`, `${to}-0`, `${count}`];
-    const entries = (await this.#run(READ_SCRIPT, args)) as StreamEntry[] | null;
-    if (!entries) this.#lose(log);
-    return entries ?? [];
-  }
-
-  /**
-   * Runs a script, and notices when Redis has lost something: all open logs are looked at, the feed is read from its end.
-   * It is sent whole: sent by its hash, it would have to be sent again to a Redis that has forgotten it.
-   */
-  async #run(script: string, args: string[]): Promise<unknown> {
-    const head = [this.config.prefix, this.#generation, this.#newest, randomName()];
-    const answer = await this.#send("EVAL", [script, "0", ...head, ...args]);
-    const [generation, newest, result] = answer as [string, string, unknown];
-    if (generation !== this.#generation) {
-      this.#generation = generation;
-      this.#newest = newest;
-      this.#cursor = undefined;
-      this.#doubt = true;
-    }
-    if (idBefore(this.#newest, newest)) this.#newest = newest;
-    return result;
-  }
-
-  /** Sends a command. A connection that fails or is silent for {@link REDIS_MS} is given up for a new one. */
-  async #send(command: string, args: string[]): Promise<unknown> {
-    const redis = (this.#commands ??= connectRedis(this.config.redisUrl));
-    try {
-      return await inTime(redis.send(command, args), REDIS_MS);
-    } catch (error) {
-      if ((error as { code?: string }).code !== "ERR_REDIS_SERVER_ERROR") {
-        if (this.#commands === redis) this.#commands = undefined;
-        redis.close();
-      }
-      throw error;
-    }
+  #linkOrThrow(): Link {
+    if (!this.#link) throw new Error("Redis is away");
+    return this.#link;
   }
 }
 
-function withoutPassword(url: string): string {
-  return url.replace(/\/\/.*@/, "//…@"); // up to the last one: a password may have an @
+/** The part of a room's epoch that its log in Redis has. */
+function logEpoch({ epoch }: Room): string {
+  return epoch.slice(0, LOG_DIGITS);
 }
 
-/** A connection that is made by its first command and never again: it is replaced instead. */
-function connectRedis(url: string): Bun.RedisClient {
-  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: REDIS_MS });
+/** The keys of a room, in the order that {@link SCRIPT_HEAD} takes them in. */
+function roomKeys({ prefix }: Config, room: string): string[] {
+  return ["room", "log", "keys"].map((kind) => `${prefix}${kind}:${room}`);
 }
 
-/** A message as a log's stream has it. */
-function streamMessage([id, [, at, , name = "", , text = "", , key]]: StreamEntry): Message {
-  return makeMessage(Number.parseInt(id), Number(at), name, text, key);
+/** A connection that is never made again by itself: it is replaced. */
+function connectRedis(url: string, idleTimeout = SILENT_MS): Bun.RedisClient {
+  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
 }
 
-/** Messages in runs that each make a frame of bounded size, however many a server that lagged has read at once. */
-function* inFrames(messages: Message[]): Generator<Message[]> {
-  let from = 0;
-  let characters = 0;
-  for (const [i, { text }] of messages.entries()) {
-    characters += text.length;
-    if (characters < GATHER_CHARACTERS && i < messages.length - 1) continue;
-    yield messages.slice(from, i + 1);
-    from = i + 1;
-    characters = 0;
-  }
+/**
+ * Which of several Redis keeps a room: the one whose hash with the room's name is the highest (rendezvous hashing). So the
+ * order of the list does not matter, and one more Redis takes only its share of the rooms.
+ */
+function homeOf(room: string, urls: readonly string[]): number {
+  const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
+  return hashes.reduce((best, hash, i) => (hash > (hashes[best] as string) ? i : best), 0);
 }
 
 /** Rejects when a promise takes too long. */
@@ -1399,532 +1301,258 @@ function inTime<T>(promise: Promise<T>, ms: number): Promise<T> {
   return Promise.race([promise, late.promise]).finally(() => clearTimeout(timer));
 }
 
-/** Whether a stream id comes before another. */
-function idBefore(one: string, other: string): boolean {
-  const [a = 0, b = 0] = one.split("-").map(Number);
-  const [c = 0, d = 0] = other.split("-").map(Number);
-  return a < c || (a === c && b < d);
-}
-
 /** For what may fail without harm. */
-function ignore(): null {
-  return null;
-}
+function ignore(): void {}
 
-// ─── Rooms: who is where, and the way of a message ───────────────────────────────────────────────────────────────────
+// ─── Out: deliver; who comes and goes ────────────────────────────────────────────────────────────────────────────────
 
-type Socket = Bun.ServerWebSocket<Member>;
+/** A hello as JSON, without what is said to one client alone; and the last seq that it covers. */
+type Hello = { readonly last: number; readonly json: string };
 
-/** Where a client that comes back left off. */
-interface Resume {
-  readonly epoch: string;
-  readonly after: number;
-}
-
-/** One connection, as `ws.data`. */
-class Member {
-  /** Set when the socket opens. */
-  ws!: Socket;
-  /** The one that took it in. */
-  server!: Bun.Server<Member>;
-  room!: Room;
-  /** Whether the hello was sent and messages arrive; frames that come before that wait in the queue. */
-  joined = false;
-  /** Whether the password is missing: the socket is closed as soon as it opens, and never enters its room. */
-  lockedOut = false;
-  /** Whether a post was refused: what was sent after it must not be stored before it comes again. */
-  refused = false;
-  /** Whether the socket has closed; what waits in the queue is still sent. */
-  left = false;
-  /** The token bucket: frames that may be acted on now, and when that was true. */
-  tokens: number;
-  refilledAt = performance.now();
-  /** Frames that came too fast, or before the hello, in order; its size in bytes; and the timer that takes from it. */
-  queue: (ClientFrame | FrameError)[] = [];
-  queueBytes = 0;
-  draining: Timer | undefined;
-  /** Frames that were not of the protocol. */
-  strikes = 0;
-  typedAt = -Infinity;
-
-  constructor(
-    readonly roomName: string,
-    /** Where it comes from, for the log. */
-    readonly address: string,
-    /** Whether it speaks `chat.v1`; else plain. */
-    readonly chat: boolean,
-    public name: string,
-    /** Whether the name that it asked for could not be given. Nobody tells that to a plain socket. */
-    readonly badName: boolean,
-    readonly resume: Resume | undefined,
-    burst: number,
-  ) {
-    this.tokens = burst;
-  }
-}
-
-/** A room while somebody is in it. */
-class Room {
-  readonly members = new Set<Member>();
-  readonly chatTopic: string;
-  readonly plainTopic: string;
-  /** Members of `chat.v1` by name, how many have it, in the order of coming. */
-  readonly names = new Map<string, number>();
-  /** Members who have joined, in each dialect. */
-  chatCount = 0;
-  plainCount = 0;
-  /** Settles when the log is open; the three below are true from then on. */
-  opened!: Promise<void>;
-  epoch = "";
-  /** The oldest seq as it was then. */
-  oldest = 1;
-  /** The newest seq that was delivered here. */
-  last = 0;
-  /** The hellos as they are now, by the `after` they answer: made once for each change, not once for each join. */
-  readonly hellos = new Map<number, Promise<string>>();
-  /** Their size, in UTF-16 units. */
-  hellosLength = 0;
-  /** What was delivered since somebody who is joining began to read the log. */
-  readonly joining = new Set<Message[]>();
-  /** The last presence frame, when it went out, and the timer for the next. */
-  presence = "";
-  presenceAt = -Infinity;
-  presenceTimer: Timer | undefined;
-
-  constructor(readonly name: string) {
-    this.chatTopic = `chat.v1/${name}`;
-    this.plainTopic = `plain/${name}`;
-  }
-}
-
-const PONG = encode({ type: "pong" });
-/**
- * UTF-16 units of the hellos that are kept ready for one room, past which they are dropped before the next is made: enough for
- * those who come back together after an outage.
- */
-const HELLOS_LENGTH = 8 * 1024 * 1024;
-/** The key in {@link Room.hellos} of the hello for those who start afresh. */
-const AFRESH = -1;
-
-/** All rooms of this server: takes frames in, hands posts to the broker, and gives what is stored to everyone. */
-class Rooms implements BrokerEvents {
-  broker!: Broker;
-  /** Set when the server goes down: from then on frames are ignored. */
-  stopping = false;
-  readonly #rooms = new Map<string, Room>();
-  /** Bytes in the queues of members who have closed. */
-  #leftBytes = 0;
-  /** Logs that cannot be read. */
-  readonly #outage: Outage;
+/** All open rooms of this server: gives what is stored to everyone, lets members in and out, and loses rooms. */
+class Rooms {
+  server!: Bun.Server<Member>; // this and the next two are made by `startChat`
+  inbox!: Inbox;
+  brokerOf!: (room: string) => Broker;
+  readonly open = new Map<string, Room>(); // the rooms that somebody is in, by name
+  readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
+  #toldAt = -Infinity; // when an unreadable log was last told, on the monotonic clock
 
   constructor(
     readonly config: Config,
     readonly log: Logger,
-    /** Sends a frame to every socket that subscribed to a topic. */
-    readonly publish: (topic: string, frame: string, except?: Member) => void,
-  ) {
-    this.#outage = new Outage(log);
+  ) {}
+
+  /** Sends stored messages to everyone in their room. They come in the order of seq, without a gap. */
+  deliver(room: Room, messages: Message[]): void {
+    // RULE 1: no await since SQLite has committed them, or Redis has notified of them.
+    this.#hellos.delete(room);
+    for (const missed of room.pendingJoins) missed.push(...messages);
+    if (this.server.subscriberCount(room.chatTopic) > 0) this.#publish(room, { type: "messages", messages });
+    if (this.server.subscriberCount(room.plainTopic) > 0) {
+      for (const { text, removes } of messages) if (!removes) this.server.publish(room.plainTopic, text, false);
+    }
+    if (this.config.logLevel !== "debug") return;
+    for (const { seq, name, text } of messages) this.log("debug", `${room} #${seq} ${name}: ${JSON.stringify(text)}`);
   }
 
-  // ── In ──
+  #publish(room: Room, frame: ServerFrame): void {
+    this.server.publish(room.chatTopic, encode(frame), false);
+  }
+
+  /** Tells a sender what became of a post that is no new message: it is in the log already, or is refused. */
+  answer({ sender: { ws }, key = "" }: Post, answer: Answer): void {
+    const isStored = typeof answer === "number";
+    ws.send(encode(isStored ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
+  }
+
+  /** RULE 3: whoever is in the room comes back and resumes. */
+  lose(room: Room, why: string): void {
+    if (room.state === "closed") return;
+    this.log("debug", `${room} is lost. ${why}.`);
+    this.#close(room);
+    for (const member of room.members) {
+      if (member.state !== "gone") member.state = "refused";
+      member.ws.close(CLOSE.tryAgain, `${why}: come back.`);
+    }
+  }
+
+  /** A log cannot be read. */
+  unreadable(room: Room, { message }: Error): void {
+    if (room.state === "closed") return;
+    if (performance.now() - this.#toldAt > 60_000) {
+      this.#toldAt = performance.now(); // a line a minute, as clients try again
+      this.log("error", `The log of ${room} cannot be read: ${message}`);
+    }
+    this.lose(room, "The store cannot be reached"); // RULE 3
+  }
+
+  #close(room: Room): void {
+    room.state = "closed";
+    clearTimeout(room.presenceTimer);
+    this.#hellos.delete(room);
+    this.open.delete(room.name);
+    room.broker.close(room);
+  }
+
+  // ── Joining and leaving ──
 
   /** A socket opened: joins its room. */
   enter(ws: Socket): void {
     const member = ws.data;
-    if (member.lockedOut) return ws.close(CLOSE.password, "A password is needed.");
+    if (member.state === "refused") return ws.close(CLOSE.login, "A password is needed.");
+    const { roomName } = member.visitor;
+    let room = this.open.get(roomName);
+    if (!room) {
+      room = new Room(roomName, this.brokerOf(roomName));
+      this.open.set(roomName, room);
+      room.opened = room.broker.open(room);
+    }
     member.ws = ws;
-    const room = this.#rooms.get(member.roomName) ?? this.#open(member.roomName);
     member.room = room;
     room.members.add(member);
-    this.#join(member, room).catch((error: Error) => {
-      this.#outage.begins(`The log of ${describe(room.name)} cannot be read: ${error.message}`);
-      member.refused = true;
-      if (member.left) this.#drop(member);
-      else ws.close(CLOSE.tryAgain, "The store cannot be reached: try again.");
-    });
-  }
-
-  #open(name: string): Room {
-    const room = new Room(name);
-    this.#rooms.set(name, room);
-    room.opened = this.broker.open(name, ({ epoch, first, last }) => {
-      room.epoch = epoch;
-      room.oldest = first;
-      room.last = last;
-    });
-    return room;
+    this.#join(member, room).catch((error: Error) => this.unreadable(room, error));
   }
 
   async #join(member: Member, room: Room): Promise<void> {
+    const { ws, visitor } = member;
     await room.opened;
-    await this.#caughtUp(room, member.resume);
+    if (visitor.resume?.epoch === room.epoch && visitor.resume.after > room.last) await Bun.sleep(BEHIND_MS);
     const missed: Message[] = [];
-    let hello = "";
-    if (member.chat) {
-      room.joining.add(missed);
-      try {
-        hello = await this.#hello(room, member.resume);
-      } finally {
-        room.joining.delete(missed);
-      }
-    }
+    room.pendingJoins.add(missed);
+    const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
+    room.pendingJoins.delete(missed);
     // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
-    const { ws } = member;
-    if (ws.readyState !== WebSocket.OPEN) return this.#drain(member); // closed by now; what it sent before is still sent
-    if (member.chat) ws.send(hello);
-    if (missed.length > 0) ws.send(encode({ type: "messages", messages: missed }));
-    ws.subscribe(member.chat ? room.chatTopic : room.plainTopic);
-    member.joined = true;
-    this.#count(room, member, +1);
-    if (member.badName) this.#complain(member, badName());
-    room.presence = ""; // whoever joins has not seen it, even if it is the same again
-    this.#presenceChanged(room);
-    this.#outage.ends("Logs can be read again.");
-    this.log("info", `${member.address} joined ${describe(room.name)} (${member.chat ? member.name : "plain"})`);
-    this.#drain(member);
-  }
-
-  /** Whoever comes from another server may have seen there what has yet to be delivered here: a moment is waited for it. */
-  async #caughtUp(room: Room, resume: Resume | undefined): Promise<void> {
-    const until = performance.now() + BEHIND_MS;
-    const behind = () => resume?.epoch === room.epoch && resume.after > room.last;
-    while (behind() && performance.now() < until) await Bun.sleep(GATHER_MS);
-  }
-
-  /** The hello for somebody who left off at `resume`, from the cache or from the log. */
-  #hello(room: Room, resume: Resume | undefined): Promise<string> {
-    const first = this.#first(room);
-    const resumable =
-      resume?.epoch === room.epoch &&
-      resume.after >= first - 1 &&
-      resume.after <= room.last &&
-      room.last - resume.after <= RESUME_MESSAGES;
-    const after = resumable ? resume.after : AFRESH;
-    let hello = room.hellos.get(after);
-    if (!hello) {
-      if (room.hellosLength > HELLOS_LENGTH) this.#forgetHellos(room);
-      room.hellos.set(after, (hello = this.#makeHello(room, first, room.last, after)));
-      hello.then(
-        ({ length }) => (room.hellosLength += length),
-        () => this.#forgetHellos(room), // the next who joins reads again
-      );
+    if (member.state === "joining") {
+      if (hello) this.#greet(member, hello, missed);
+      ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
+      member.state = "here";
+      room.presence = ""; // the new member has not seen it, even if it stays the same
+      this.presenceChanged(room);
+      this.log("info", `${visitor.address} joined ${room} (${visitor.isChat ? member.name : "plain"})`);
     }
-    return hello;
+    this.inbox.drain(member);
+    if (member.state === "gone") this.#release(member);
   }
 
-  #forgetHellos(room: Room): void {
-    room.hellos.clear();
-    room.hellosLength = 0;
+  #greet({ ws, visitor }: Member, { last, json }: Hello, missed: Message[]): void {
+    const role = this.config.operator === "" ? undefined : visitor.role;
+    const own = JSON.stringify({ type: "hello", you: visitor.from, role });
+    ws.send(`${own.slice(0, -1)},${json.slice(1)}`);
+    const messages = missed.filter(({ seq }) => seq > last);
+    if (messages.length > 0) ws.send(encode({ type: "messages", messages }));
   }
 
-  async #makeHello(room: Room, first: number, last: number, after: number): Promise<string> {
-    const wanted = after === AFRESH ? PAGE_MESSAGES : last - after;
-    const found = wanted > 0 ? await this.broker.read(room.name, Math.max(first, last - wanted + 1), last, wanted) : [];
-    const resumed = after !== AFRESH && found.length === wanted; // fewer: they were too long for one frame
-    return encode({
-      type: "hello",
-      epoch: room.epoch,
-      first,
+  /** The hello for a client that comes back, as far as it can resume; else the newest one. */
+  async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
+    const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
+    const count = room.last - from + 1;
+    if (from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES) {
+      return this.#makeHello(room, from, true);
+    }
+    let newest = this.#hellos.get(room);
+    if (!newest) {
+      newest = this.#makeHello(room, Math.max(firstKept(room, this.config), room.last - PAGE_MESSAGES + 1), false);
+      newest.catch(() => this.#hellos.delete(room)); // the next who joins reads again
+      const [oldest] = this.#hellos.size < CACHED_HELLOS ? [] : this.#hellos.keys();
+      if (oldest) this.#hellos.delete(oldest);
+      this.#hellos.set(room, newest);
+    }
+    return newest;
+  }
+
+  async #makeHello(room: Room, from: number, isResume: boolean): Promise<Hello> {
+    const { epoch, last } = room;
+    const messages = await room.broker.read(room, from, last);
+    const resumed = isResume && messages.length === last - from + 1; // or what it missed is too long for one frame
+    if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
+    const limits = { text: MAX_TEXT, name: MAX_NAME };
+    return {
       last,
-      resumed,
-      messages: resumed ? found : found.slice(-PAGE_MESSAGES),
-      limits: { text: MAX_TEXT, name: MAX_NAME },
-    });
+      json: JSON.stringify({ epoch, first: firstKept(room, this.config), last, resumed, messages, limits }),
+    };
   }
 
-  /** The oldest seq that counts as kept; rows before it are trimmed in time. */
-  #first(room: Room): number {
-    return Math.max(room.oldest, room.last - this.config.history + 1);
-  }
-
-  /** A frame arrived: receive. */
-  receive(ws: Socket, data: string | Buffer): void {
-    if (ws.readyState !== WebSocket.OPEN) return; // frames that were read together with one that closed the connection
-    if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
+  /** A socket closed. What it sent within its rate is stored; the rest of its queue is dropped. */
+  leave(ws: Socket, code: number): void {
     const member = ws.data;
-    if (!member.chat) return this.#pace(member, { type: "post", text: data });
-    const frame = parseFrame(data);
-    if (!member.joined) return this.#pace(member, frame); // the hello comes before any answer
-    if (frame instanceof FrameError) return this.#complain(member, frame);
-    // A ping passes the queue, so that a sender who is slowed does not take the connection for dead.
-    if (frame.type === "ping") return void ws.send(PONG);
-    this.#pace(member, frame);
+    const { room, state } = member;
+    if (!room) return; // it never entered
+    clearTimeout(member.draining);
+    member.state = "gone";
+    if (state === "joining") return; // what it has sent is stored when the room is open
+    if (state === "here") this.log("info", `${member.visitor.address} left ${room} (${code})`);
+    this.#release(member);
   }
 
-  /** Acts on a frame at once while the sender keeps to the rate; else the frame waits its turn in the sender's queue. */
-  #pace(member: Member, frame: ClientFrame | FrameError): void {
-    if (member.joined && member.queue.length === 0 && this.#takeToken(member)) return this.#act(member, frame);
-    member.queue.push(frame);
-    member.queueBytes += queueCost(frame);
-    if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
-    if (member.joined) this.#drainLater(member);
-  }
-
-  /** Takes as many frames from the queue as the rate allows. */
-  #drain(member: Member): void {
-    member.draining = undefined;
-    while (member.queue.length > 0 && this.#takeToken(member)) {
-      const frame = member.queue.shift() as ClientFrame | FrameError;
-      const cost = queueCost(frame);
-      member.queueBytes -= cost;
-      if (member.left) this.#leftBytes -= cost;
-      this.#act(member, frame); // may end in `leave`, when the post cannot be stored
-    }
-    if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
-    if (member.queue.length > 0) this.#drainLater(member);
-    else if (member.left) this.#release(member);
-  }
-
-  #drainLater(member: Member): void {
-    member.draining ??= setTimeout(() => this.#drain(member), 1000 / this.config.rate);
-  }
-
-  #takeToken(member: Member): boolean {
-    const { rate } = this.config;
-    if (rate === 0) return true;
-    const now = performance.now();
-    member.tokens = Math.min(rate * BURST_SECONDS, member.tokens + ((now - member.refilledAt) / 1000) * rate);
-    member.refilledAt = now;
-    if (member.tokens < 1) return false;
-    member.tokens--;
-    return true;
-  }
-
-  /** Does what a frame asks. */
-  #act(member: Member, frame: ClientFrame | FrameError): void {
-    if (this.stopping || member.refused) return;
-    if (frame instanceof FrameError) this.#complain(member, frame);
-    else if (frame.type === "post") this.#post(member, frame.text, frame.key);
-    else if (frame.type === "page") this.#page(member, frame.before);
-    else if (frame.type === "name") this.#rename(member, frame.name);
-    else if (frame.type === "typing") this.#typing(member);
-    else member.ws.send(PONG);
-  }
-
-  /** Hands a post to the broker. */
-  #post(member: Member, text: string, key: string | undefined): void {
-    const { room, name } = member;
-    if (longerThan(text, MAX_TEXT)) {
-      const why = `A text has at most ${MAX_TEXT} bytes.`;
-      if (member.chat) this.#complain(member, new FrameError("too-long", why), key);
-      else member.ws.close(CLOSE.tooBig, why);
-      return;
-    }
-    if (member.chat && !KEY.test(key ?? "")) {
-      return this.#complain(
-        member,
-        new FrameError("bad-key", "A key is 1 to 64 characters of A-Z, a-z, 0-9, _ and -."),
-      );
-    }
-    if (member.chat && text === "") return this.#complain(member, new FrameError("empty", "The text is empty."), key);
-    // A lone surrogate has no UTF-8: it is replaced here, so that what is seen now and what is read later are the same.
-    this.broker.append({ room: room.name, at: Date.now(), name, text: text.toWellFormed(), key, sender: member });
-  }
-
-  #page(member: Member, before: number): void {
-    const { room, ws } = member;
-    if (!Number.isSafeInteger(before) || before < 1) {
-      return this.#complain(member, new FrameError("bad-frame", '"before" is a seq: a whole number from 1.'));
-    }
-    const to = Math.min(before - 1, room.last);
-    const from = Math.max(this.#first(room), to - PAGE_MESSAGES + 1);
-    this.broker.read(room.name, from, to, PAGE_MESSAGES).then(
-      (messages) => ws.send(encode({ type: "page", messages })),
-      () => ws.close(CLOSE.tryAgain, "The store cannot be reached: try again."),
-    );
-  }
-
-  #rename(member: Member, name: string): void {
-    const clean = cleanName(name);
-    if (clean === undefined) return this.#complain(member, badName());
-    if (member.joined) {
-      this.#countName(member.room, member.name, -1);
-      this.#countName(member.room, clean, +1);
-      this.#presenceChanged(member.room);
-    }
-    member.name = clean;
-  }
-
-  #typing(member: Member): void {
-    const now = performance.now();
-    if (now - member.typedAt < TYPING_MS) return;
-    member.typedAt = now;
-    this.publish(member.room.chatTopic, encode({ type: "typing", name: member.name }), member);
-    this.broker.typing(member.room.name, member.name);
-  }
-
-  /** Tells a client what was wrong with its frame, and ends the connection that keeps sending something else. */
-  #complain(member: Member, { code, text }: FrameError, key?: string): void {
-    const known = key !== undefined && KEY.test(key);
-    member.ws.send(encode(known ? { type: "error", code, text, key } : { type: "error", code, text }));
-    if (code !== "bad-frame" || ++member.strikes < MAX_STRIKES) return;
-    member.ws.close(CLOSE.protocol, `${MAX_STRIKES} frames were not of the protocol chat.v1.`);
-  }
-
-  // ── Out ──
-
-  /** Messages were stored: deliver them. */
-  stored(name: string, messages: Message[]): void {
-    if (this.config.logLevel === "debug") {
-      for (const { seq, name: who, text } of messages) {
-        this.log("debug", `${describe(name)} #${seq} ${who}: ${JSON.stringify(text)}`);
-      }
-    }
-    const room = this.#rooms.get(name);
-    if (!room) return;
-    room.last += messages.length;
-    this.#forgetHellos(room);
-    for (const missed of room.joining) missed.push(...messages);
-    // RULE 1: no await since SQLite has committed them, or Redis has given them.
-    if (room.chatCount > 0) this.publish(room.chatTopic, encode({ type: "messages", messages }));
-    if (room.plainCount > 0) for (const { text } of messages) this.publish(room.plainTopic, text);
-  }
-
-  repeated(post: Post, seq: number): void {
-    post.sender.ws.send(encode({ type: "ack", key: post.key as string, seq }));
-  }
-
-  refused(posts: Post[]): void {
-    for (const { sender } of posts) {
-      sender.refused = sender.chat; // a plain client sends nothing again: what it has in the queue is still tried
-      sender.ws.close(CLOSE.tryAgain, "The message could not be stored: try again.");
-    }
+  /** Nothing of a member is left to do. The last one closes the room. */
+  #release(member: Member): void {
+    const { room } = member;
+    room.members.delete(member);
+    if (room.members.size > 0) this.presenceChanged(room);
+    else if (room.state !== "closed") this.#close(room);
   }
 
   // ── Presence ──
 
-  #count(room: Room, member: Member, change: 1 | -1): void {
-    if (!member.chat) return void (room.plainCount += change);
-    room.chatCount += change;
-    this.#countName(room, member.name, change);
-  }
-
-  #countName(room: Room, name: string, change: 1 | -1): void {
-    const count = (room.names.get(name) ?? 0) + change;
-    if (count > 0) room.names.set(name, count);
-    else room.names.delete(name);
-  }
-
   /** Sends presence at once when the last one is a second past, else when it is. */
-  #presenceChanged(room: Room): void {
-    if (this.#rooms.get(room.name) !== room) return; // lost: another room may have its name and its topics by now
+  presenceChanged(room: Room): void {
+    if (room.state === "closed") return;
     const wait = room.presenceAt + PRESENCE_MS - performance.now();
     room.presenceTimer ??= setTimeout(() => this.#sendPresence(room), Math.max(0, wait));
   }
 
-  async #sendPresence(room: Room): Promise<void> {
-    room.presenceTimer = undefined;
-    room.presenceAt = performance.now();
-    const own: Here = {
-      count: room.chatCount + room.plainCount,
-      names: [...room.names.keys().take(PRESENCE_NAMES)],
-    };
-    const all = await this.broker.present(room.name, own).catch(() => undefined);
-    if (this.#rooms.get(room.name) !== room) return;
-    if (!all) return this.#presenceChanged(room); // the store did not say: asked again in a second
-    const count = all.reduce((sum, here) => sum + here.count, 0);
-    const names = [...new Set(all.flatMap((here) => here.names))].slice(0, PRESENCE_NAMES);
-    const frame = encode({ type: "presence", count, names });
-    if (frame === room.presence) return;
-    room.presence = frame;
-    this.publish(room.chatTopic, frame);
+  /** Who is in a room on another server; undefined: nobody any more. */
+  presentElsewhere(room: Room, server: string, here: Here | undefined): void {
+    if (here) room.elsewhere.set(server, here);
+    else if (!room.elsewhere.delete(server)) return;
+    this.presenceChanged(room);
   }
 
-  /** Presence changed on another server. */
-  presenceChanged(name: string): void {
-    const room = this.#rooms.get(name);
-    if (room) this.#presenceChanged(room);
+  /** Another server asks who is here. */
+  announceAgain(room: Room): void {
+    room.announced = "";
+    this.presenceChanged(room);
   }
 
   /** Somebody types on another server. */
-  typing(name: string, who: string): void {
-    const room = this.#rooms.get(name);
-    if (room) this.publish(room.chatTopic, encode({ type: "typing", name: who }));
+  typing(room: Room, name: string): void {
+    this.#publish(room, { type: "typing", name });
   }
 
-  // ── Going ──
-
-  /**
-   * A socket closed. What it sent too fast is still sent: a script that posts 300 lines and ends loses none, unless
-   * {@link LEFT_BYTES} wait already or the server stops.
-   */
-  leave(ws: Socket, code: number): void {
-    const member = ws.data;
-    if (member.lockedOut) return;
-    const { room } = member;
-    member.left = true;
-    if (member.joined) {
-      this.#count(room, member, -1);
-      this.#presenceChanged(room);
-      this.log("info", `${member.address} left ${describe(room.name)} (${code})`);
-    }
-    member.joined = false;
-    this.#leftBytes += member.queueBytes;
-    const keep = member.queue.length > 0 && !this.stopping && !member.refused && this.#leftBytes <= LEFT_BYTES;
-    if (!keep) this.#drop(member);
+  #sendPresence(room: Room): void {
+    room.presenceTimer = undefined;
+    room.presenceAt = performance.now();
+    const here = whoIsHere(room);
+    const announced = JSON.stringify(here);
+    if (announced !== room.announced) room.broker.announce(room, here);
+    room.announced = announced;
+    const all = [here, ...room.elsewhere.values()];
+    const count = new Set(all.flatMap(({ ids }) => ids)).size + all.reduce((sum, { nameless }) => sum + nameless, 0);
+    const people = new Map(all.flatMap((each) => each.people).map((person) => [person.from ?? person, person]));
+    const presence = { count, people: [...people.values()].slice(0, PRESENCE_PEOPLE) };
+    if (JSON.stringify(presence) === room.presence) return;
+    room.presence = JSON.stringify(presence);
+    this.#publish(room, { type: "presence", ...presence });
   }
 
-  /** Forgets what a member who has left did not get to send. */
-  #drop(member: Member): void {
-    this.#leftBytes -= member.queueBytes;
-    member.queue = [];
-    member.queueBytes = 0;
-    this.#release(member);
-  }
+  // ── Dead peers, and the end ──
 
-  /** Nothing of a member is left to do; the last one closes the room. */
-  #release(member: Member): void {
-    const { room } = member;
-    clearTimeout(member.draining);
-    room.members.delete(member);
-    if (room.members.size === 0 && this.#rooms.get(room.name) === room) this.#close(room);
-  }
-
-  #close(room: Room): void {
-    clearTimeout(room.presenceTimer);
-    this.#rooms.delete(room.name);
-    this.broker.close(room.name);
-  }
-
-  /** A room's log is lost: whoever is in the room comes back to another one. */
-  lost(name: string): void {
-    const room = this.#rooms.get(name);
-    if (!room) return;
-    this.#close(room);
-    for (const member of room.members) {
-      member.refused = member.chat; // it sends again what is not confirmed, from the first on
-      member.ws.close(CLOSE.tryAgain, "The log cannot be followed: come back.");
+  /** Pings the connections that are silent, and ends those that stay so: Bun's idle timer is put off by what is sent. */
+  checkSilence(): void {
+    const silenceMs = this.config.silenceSeconds * 1000;
+    for (const { ws, heardAt } of this.#members()) {
+      const silent = ws.isPaused ? 0 : performance.now() - heardAt; // while paused, its answers are not read
+      if (silent >= silenceMs) ws.terminate();
+      else if (silent >= silenceMs / 3) ws.ping();
     }
   }
 
   /** Closes every socket with 1001. What was delivered goes out before the Close frame. */
   closeAll(): void {
-    for (const room of this.#rooms.values()) {
-      for (const member of room.members) {
-        if (member.left) this.#drop(member);
-        else member.ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
-      }
-    }
+    for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
+  }
+
+  #members(): Member[] {
+    return [...this.open.values()].flatMap(({ members }) => [...members]);
   }
 }
 
-function badName(): FrameError {
-  return new FrameError("bad-name", `A name has 1 to ${MAX_NAME} characters, and no control characters.`);
+function whoIsHere({ members }: Room): Here {
+  const ids = new Set<string>();
+  const people = new Map<string | Member, Person>(); // by id, so that several tabs of a person are one
+  let nameless = 0;
+  for (const member of members) {
+    if (member.state !== "here") continue;
+    const { from, isChat } = member.visitor;
+    if (from) ids.add(from);
+    else nameless++;
+    if (isChat && people.size < PRESENCE_PEOPLE) people.set(from ?? member, { name: member.name, from });
+  }
+  return { ids: [...ids], nameless, people: [...people.values()] };
 }
 
-function queueCost(frame: ClientFrame | FrameError): number {
-  if (frame instanceof FrameError) return QUEUE_FRAME_BYTES;
-  // All its strings: a key or a name that is too long is refused only when its turn comes.
-  if (frame.type === "post")
-    return QUEUE_FRAME_BYTES + Buffer.byteLength(frame.text) + Buffer.byteLength(frame.key ?? "");
-  return QUEUE_FRAME_BYTES + (frame.type === "name" ? Buffer.byteLength(frame.name) : 0);
-}
-
-function describe(room: string): string {
-  return room === "" ? "the lobby" : `room "${room}"`;
-}
-
-// ─── Access: origin, password, address ───────────────────────────────────────────────────────────────────────────────
+// ─── Access: origin, address, id, password ───────────────────────────────────────────────────────────────────────────
 
 /** Whether a request comes from the server's own page, from an allowed one, or from no page at all. RFC 6455 section 10.2. */
 function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
@@ -1933,7 +1561,8 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
   const url = URL.parse(origin);
   if (!url) return false; // "null": a sandboxed frame or a local file
   const isHost = (host: string | null) => URL.parse(`${url.protocol}//${host}`)?.host === url.host;
-  return isHost(headers.get("host")) || allowed.some((entry) => entry === url.origin || isHost(entry));
+  if (isHost(headers.get("host"))) return true;
+  return allowed.some((entry) => (entry.includes("://") ? URL.parse(entry)?.origin === url.origin : isHost(entry)));
 }
 
 /** The address that a request comes from, seen past as many proxies as are trusted. */
@@ -1941,116 +1570,118 @@ function addressOf(request: Request, server: Bun.Server<Member>, proxies: number
   const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 that came to an IPv6 socket
   if (proxies === 0) return socket;
   // Each proxy appends the address that it was reached from. Counted from the right, what a client made up is not reached.
-  const forwarded =
-    request.headers
-      .get("x-forwarded-for")
-      ?.split(",")
-      .map((address) => address.trim()) ?? [];
-  // Some proxies add the port too: another for each connection.
+  const forwarded = splitList(request.headers.get("x-forwarded-for") ?? "");
   const address = forwarded[Math.max(0, forwarded.length - proxies)] ?? "";
+  // Some proxies add the port too: another for each connection.
   return /^(?:\[(.+)\]|([\d.]+))(?::\d+)?$/.exec(address)?.slice(1).find(Boolean) ?? (address || socket);
 }
 
-/** Wrong passwords from one address. */
-interface Tries {
-  count: number;
-  /** When the last one was made, and until when the next ones are refused unseen: seconds on the monotonic clock. */
-  at: number;
-  until: number;
+/** The network that an address stands for: of IPv6 the first 64 bits, which one subscriber has for itself; `""`: this machine. */
+function networkOf(address: string): string {
+  if (address === "::1" || /^127\.[\d.]+$/.test(address)) return "";
+  if (!address.includes(":") || address.includes(".")) return address;
+  const [before = [], after = []] = address.split("::").map((part) => part.split(":").filter(Boolean));
+  const zeros = Array<string>(Math.max(0, 8 - before.length - after.length)).fill("0");
+  return [...before, ...zeros, ...after].slice(0, 4).join(":");
 }
 
-/** Asks for the password, when there is one: by a session cookie, which `login` gives, or by `Authorization: Bearer`. */
+function cookieOf(request: Request, name: string): string | undefined {
+  const cookies = request.headers.get("cookie");
+  return (cookies && new Bun.CookieMap(cookies).get(name)) || undefined;
+}
+
+/** A `Set-Cookie` for this host, which scripts cannot read; `Secure` if the browser came by TLS, to the server or a proxy. */
+function setCookie(
+  cookie: string,
+  sameSite: "Lax" | "Strict",
+  seconds: number,
+  request: Request,
+  config: Config,
+): string {
+  const isForwarded = config.proxies > 0 && request.headers.get("x-forwarded-proto") === "https";
+  const secure = config.tlsCert !== "" || isForwarded ? "; Secure" : "";
+  return `${cookie}; Path=/; Max-Age=${seconds}; HttpOnly; SameSite=${sameSite}${secure}`;
+}
+
+/** The cookie of 128 random bits from which a browser has its ids. */
+const IDENTITY_COOKIE = "chat-me";
+
+/** The id of a browser in a room: the same for ever, another in every other room, and not to be had without its cookie. */
+function idOf(request: Request, room: string): string | undefined {
+  const cookie = cookieOf(request, IDENTITY_COOKIE);
+  return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
+}
+
+/**
+ * Asks for a password, where there is one: by a session cookie, which `login` gives, or by `Authorization: Bearer`. The
+ * cookie says whose it is and when it ends, and is signed; nothing of it is stored, and another password ends it.
+ */
 class Access {
-  /** Signs cookies and hashes what is compared. Made slowly from the password, so that a stolen cookie is no quick way to it. */
+  /** Wrong passwords of both kinds, by address. */
+  readonly wrong = new TokenBuckets<string>(1 / 60, FREE_TRIES);
+  /** Whether there is a password. */
+  readonly asks: boolean;
+  /** Signs cookies and hashes what is compared. Made slowly, so that a stolen cookie is no quick way to a password. */
   readonly #key: Buffer;
   /** The cookie's name: of each password another, since a browser keeps one jar for all the ports of a host. */
   readonly #cookie: string;
-  /** The addresses that gave wrong passwords, the longest silent first. */
-  readonly #tries = new Map<string, Tries>();
 
   constructor(readonly config: Config) {
-    this.#key = config.password === "" ? Buffer.alloc(0) : scryptSync(config.password, "chat session", 32);
-    this.#cookie = `chat-${this.#hash("name of the cookie").toString("hex").slice(0, 8)}`;
+    const { password, operator } = config;
+    this.asks = password !== "" || operator !== "";
+    this.#key = this.asks ? scryptSync(`${password}\n${operator}`, "chat session", 32) : Buffer.alloc(0);
+    this.#cookie = `chat-${this.#sign("name of the cookie").slice(0, 8)}`;
   }
 
-  /** Undefined when the request may come in, else the refusal. */
-  check(request: Request, server: Bun.Server<Member>): Response | undefined {
-    if (this.config.password === "") return undefined;
-    const { headers } = request;
-    const cookie = new Bun.CookieMap(headers.get("cookie") ?? "").get(this.#cookie);
-    if (cookie && this.#isSession(cookie)) return undefined;
-    const bearer = /^Bearer (.*)$/i.exec(headers.get("authorization") ?? "")?.[1];
+  /** The role in which a request may come in, or the refusal. */
+  check(request: Request, server: Bun.Server<Member>): Role | Response {
+    if (!this.asks) return "guest";
+    const [role, ends, signature] = cookieOf(request, this.#cookie)?.split(".") ?? [];
+    const isSigned = this.#isEqual(`${signature}`, this.#sign(`${role}.${ends}`));
+    if (isSigned && Number(ends) > Date.now() / 1000) return role as Role;
+    const bearer = /^Bearer (.*)$/i.exec(request.headers.get("authorization") ?? "")?.[1];
     if (bearer !== undefined) return this.#try(bearer, request, server);
-    return refuse(401, "A password is needed.", { "WWW-Authenticate": "Bearer" });
+    return this.config.password === "" ? "guest" : refuse(401, "A password is needed.", BEARER);
   }
 
   /** Answers the page's password form: 204 with a session cookie, 401, or 429 with the seconds to wait. */
   async login(request: Request, server: Bun.Server<Member>): Promise<Response> {
-    if (!originAllowed(request.headers, this.config.origins))
-      return refuse(403, "Pages of this origin may not log in.");
+    const { config } = this;
+    if (!originAllowed(request.headers, config.origins)) return refuse(403, "Pages of this origin may not log in.");
     const given = new URLSearchParams(await request.text()).get("password") ?? "";
     // No await from here on: tries that come at the same time are counted one after the other.
-    const refused = this.#try(given, request, server);
-    if (refused) return refused;
-    const secure =
-      this.config.tlsCert !== "" || (this.config.proxies > 0 && request.headers.get("x-forwarded-proto") === "https");
-    const attributes = `Path=/; Max-Age=${SESSION_SECONDS}; HttpOnly; SameSite=Strict${secure ? "; Secure" : ""}`;
-    const cookie = `${this.#cookie}=${this.#newSession()}; ${attributes}`;
-    return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
+    const role = this.#try(given, request, server);
+    if (role instanceof Response) return role;
+    const session = `${role}.${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
+    const cookie = `${this.#cookie}=${session}.${this.#sign(session)}`;
+    const headers = { "Set-Cookie": setCookie(cookie, "Strict", SESSION_SECONDS, request, config) };
+    return new Response(null, { status: 204, headers });
   }
 
-  /** Compares a password in constant time, and makes an address that guesses wait. */
-  #try(given: string, request: Request, server: Bun.Server<Member>): Response | undefined {
-    const address = networkOf(addressOf(request, server, this.config.proxies));
-    const now = performance.now() / 1000;
-    let tries = this.#tries.get(address);
-    if (!tries || now - tries.at > FORGET_SECONDS) tries = { count: 0, at: now, until: now };
-    if (now < tries.until) {
-      return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${Math.ceil(tries.until - now)}` });
-    }
-    if (timingSafeEqual(this.#hash(given), this.#hash(this.config.password))) {
-      this.#tries.delete(address);
-      return undefined;
-    }
-    const costly = ++tries.count - FREE_TRIES;
-    const wait = costly <= 0 ? 0 : Math.min(MAX_WAIT_SECONDS, 2 ** (costly - 1));
-    this.#remember(address, { count: tries.count, at: now, until: now + wait });
-    return refuse(401, "The password is wrong.", { "WWW-Authenticate": "Bearer" });
+  /** The role of whoever gave a password, or the refusal. An address that guesses must wait. */
+  #try(given: string, request: Request, server: Bun.Server<Member>): Role | Response {
+    const { password, operator, proxies } = this.config;
+    const network = networkOf(addressOf(request, server, proxies));
+    const wait = Math.ceil(this.wrong.wait(network) / 1000);
+    if (wait > 0) return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${wait}` });
+    const [isGuest, isOperator] = [password, operator].map((right) => right !== "" && this.#isEqual(given, right));
+    if (isOperator) return "operator";
+    if (isGuest) return "guest";
+    this.wrong.take(network);
+    return refuse(401, "The password is wrong.", BEARER);
   }
 
-  #remember(address: string, tries: Tries): void {
-    this.#tries.delete(address); // and in again, as the newest
-    this.#tries.set(address, tries);
-    if (this.#tries.size <= MAX_ADDRESSES) return;
-    const [longestSilent = ""] = this.#tries.keys();
-    this.#tries.delete(longestSilent);
+  /** Compares in constant time. */
+  #isEqual(given: string, right: string): boolean {
+    return timingSafeEqual(Buffer.from(this.#sign(given)), Buffer.from(this.#sign(right)));
   }
 
-  /** A session: when it ends, signed. Nothing is stored; with another password the signature is another. */
-  #newSession(): string {
-    const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
-    return `${ends}.${this.#hash(ends).toString("base64url")}`;
-  }
-
-  #isSession(cookie: string): boolean {
-    const [ends = "", signature = ""] = cookie.split(".");
-    const [given, right] = [Buffer.from(signature, "base64url"), this.#hash(ends)];
-    return given.length === right.length && timingSafeEqual(given, right) && Number(ends) > Date.now() / 1000;
-  }
-
-  #hash(text: string): Buffer {
-    return createHmac("sha256", this.#key).update(text).digest();
+  #sign(text: string): string {
+    return createHmac("sha256", this.#key).update(text).digest("hex");
   }
 }
 
-/** The network that an address stands for: of IPv6 the first 64 bits, which one subscriber has for itself. */
-function networkOf(address: string): string {
-  if (!address.includes(":") || address.includes(".")) return address;
-  const [head = "", tail = ""] = address.split("::");
-  const [before, after] = [head.split(":"), tail === "" ? [] : tail.split(":")];
-  const zeros = Array<string>(Math.max(0, 8 - before.length - after.length)).fill("0");
-  return [...before, ...zeros, ...after].slice(0, 4).join(":");
-}
+const BEARER = { "WWW-Authenticate": "Bearer" };
 
 // ─── Server: the handshake, the page, start and stop ─────────────────────────────────────────────────────────────────
 
@@ -2058,8 +1689,6 @@ function networkOf(address: string): string {
 export interface Chat {
   /** The address to open, with the port that was taken; ends with a slash. */
   readonly url: string;
-  /** Reads the TLS files again, for connections from now on; nobody is cut. @throws StartError when they are bad: the old stay */
-  reloadTls(): void;
   /** Stops accepting, stores and delivers what was taken, closes sockets with 1001 and the store. Takes at most 3 s. */
   stop(): Promise<void>;
 }
@@ -2067,85 +1696,59 @@ export interface Chat {
 /**
  * Starts a chat.
  * @param overrides what differs from the defaults; it is not checked
- * @throws StartError when the store cannot be opened, or the port cannot be listened on
+ * @throws StartError when the store cannot be opened, or the server cannot listen
  */
 export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
   const config: Config = Object.freeze({ ...readConfig({}), ...overrides });
   const log = makeLogger(config.logLevel);
-  // More than one only after `reloadTls`. None is ever dropped: a connection that it had accepted may still become a socket.
-  const servers: Bun.Server<Member>[] = [];
-  const rooms = new Rooms(config, log, (topic, frame, except) => {
-    for (const server of servers) {
-      if (server === except?.server)
-        except.ws.publish(topic, frame, false); // leaves out the sender
-      else server.publish(topic, frame, false);
-    }
-  });
-  const broker = config.redisUrl === "" ? new SqliteBroker(config, rooms, log) : new RedisBroker(config, rooms, log);
-  rooms.broker = broker;
-  await broker.start();
-  const handlers = makeHandlers(config, rooms, log);
+  const access = new Access(config);
+  const rooms = new Rooms(config, log);
+  const inbox = (rooms.inbox = new Inbox(config, rooms));
+  const brokers = config.redisUrls.map((url): Broker => new RedisBroker(url, config, rooms, log));
+  if (brokers.length === 0) brokers.push(new SqliteBroker(config, rooms, log));
+  rooms.brokerOf = (room) => brokers[homeOf(room, config.redisUrls)] as Broker;
+  await Promise.all(brokers.map((broker) => broker.start()));
   try {
-    servers.push(listen(config, readTls(config), handlers));
+    rooms.server = listen(config, makeHandlers(config, rooms, access, log));
   } catch (error) {
-    await broker.stop();
+    for (const broker of brokers) broker.stop();
     throw error;
   }
-  const { port } = servers[0] as Bun.Server<Member>;
-  const watch = watchDescriptors(log);
-  const reloadTls = () => {
-    const tls = readTls(config);
-    // A server on another port tries them first: if they are bad, nothing has happened.
-    void listen({ ...config, port: 0, host: "127.0.0.1" }, tls, handlers).stop(true);
-    for (const server of servers) void server.stop(); // accepts no more; its sockets live on
-    servers.push(listen({ ...config, port: port as number }, tls, handlers));
-  };
+  const { server } = rooms;
+  const sweeping = setInterval(() => {
+    rooms.checkSilence();
+    for (const buckets of [inbox.senders, inbox.addresses, access.wrong]) buckets.forgetFull();
+  }, config.silenceSeconds * 100);
   const stop = async () => {
-    const closed = Promise.all(servers.map((server) => server.stop()));
-    rooms.stopping = true;
-    clearInterval(watch);
-    await broker.stop();
+    const closed = server.stop(); // accepts no more; its sockets live on
+    inbox.isStopping = true;
+    clearInterval(sweeping);
+    await Promise.all(brokers.map((broker) => broker.drain()));
     rooms.closeAll();
-    await inTime(closed, STOP_MS).catch(ignore); // whoever has not answered by then is cut
-    for (const server of servers) void server.stop(true);
+    await inTime(closed, CLOSE_MS).catch(ignore); // whoever has not answered by then is cut
+    for (const broker of brokers) broker.stop();
+    void server.stop(true);
   };
   let stopped: Promise<void> | undefined;
   const host = config.host.includes(":") ? `[${config.host}]` : config.host || "localhost";
-  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${port}/`;
-  return { url, reloadTls, stop: () => (stopped ??= stop()) };
+  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${server.port}/`;
+  return { url, stop: () => (stopped ??= stop()) };
 }
-
-/** Says when no file descriptor is free: nobody else can connect then, and Bun does not tell. */
-function watchDescriptors(log: Logger): Timer {
-  const outage = new Outage(log);
-  return setInterval(() => {
-    let exhausted = false;
-    try {
-      closeSync(openSync("/dev/null", "r"));
-    } catch (error) {
-      exhausted = /^E[MN]FILE$/.test((error as { code?: string }).code ?? "");
-    }
-    if (!exhausted) return outage.ends("File descriptors are free again.");
-    outage.begins("No file descriptor is free, nobody else can connect: raise the limit (ulimit -n, LimitNOFILE).");
-  }, 1000);
-}
-
-type Handlers = ReturnType<typeof makeHandlers>;
 
 /** What the server does with requests and sockets. */
-function makeHandlers(config: Config, rooms: Rooms, log: Logger) {
-  const page = new Page(pageSource as unknown as string); // bun-types takes every .html import for a bundle
-  const access = new Access(config);
+function makeHandlers(config: Config, rooms: Rooms, access: Access, log: Logger) {
+  const page = new Page(pageSource as unknown as string, config); // bun-types takes every .html import for a bundle
+  const isHeard = (ws: Socket) => void (ws.data.heardAt = performance.now());
   return {
     fetch: (request: Request, server: Bun.Server<Member>) => {
       const url = URL.parse(request.url);
       if (!url) return refuse(400, "The Host header names no host.");
       if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, config, access);
-      if (request.method === "POST" && config.password !== "") return access.login(request, server);
+      if (request.method === "POST" && access.asks) return access.login(request, server);
       return page.answer(request);
     },
     error: (error: Error) => {
-      log("error", `A request failed: ${error.stack ?? error.message}`);
+      log("error", `A request failed: ${error.stack}`);
       return refuse(500, "Something went wrong here.");
     },
     websocket: {
@@ -2153,67 +1756,39 @@ function makeHandlers(config: Config, rooms: Rooms, log: Logger) {
       maxPayloadLength: MAX_FRAME,
       backpressureLimit: BACKPRESSURE_BYTES,
       closeOnBackpressureLimit: true,
-      idleTimeout: IDLE_SECONDS,
+      sendPings: false, // `checkSilence` sends them
+      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for sockets that are closing, and are in no room any more
       perMessageDeflate: false, // it would cost each message more time than it saves, and each socket its window
       open: (ws: Socket) => rooms.enter(ws),
-      message: (ws: Socket, data: string | Buffer) => rooms.receive(ws, data),
+      message: (ws: Socket, data: string | Buffer) => rooms.inbox.receive(ws, data),
+      ping: isHeard,
+      pong: isHeard,
       close: (ws: Socket, code: number) => rooms.leave(ws, code),
       error: (error: Error, ws: Socket | undefined) => {
-        log("error", `A connection failed: ${error.stack ?? error.message}`);
+        log("error", `A connection failed: ${error.stack}`);
         ws?.close(CLOSE.bug, "Something went wrong here.");
       },
     },
   };
 }
 
-/** Listens on the configured address. @throws StartError when that is not possible */
-function listen(config: Config, tls: Tls | undefined, handlers: Handlers): Bun.Server<Member> {
-  const { port, host } = config;
-  const serve = (hostname: string) =>
-    Bun.serve({
-      ...handlers,
-      port,
-      hostname,
-      tls,
-      maxRequestBodySize: MAX_BODY,
-      development: false,
-      reusePort: config.reusePort, // said aloud: with `development: false` Bun would let a second server take the same port
-    });
+/** Listens on the configured address. @throws StartError when that is not possible, or a TLS file is bad */
+function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Bun.Server<Member> {
+  const { port, host, tlsCert, tlsKey } = config;
+  const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
+  const reusePort = config.reusePort === "1"; // stated, as Bun would else share the port when `development` is false
+  const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
-    if (host !== "") return serve(host);
-    try {
-      return serve("::"); // all interfaces, IPv4 too
-    } catch (error) {
-      if ((error as { code?: string }).code === "EADDRINUSE") throw error;
-      return serve("0.0.0.0"); // a machine without IPv6
-    }
+    return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
     if (code === "EADDRINUSE")
       throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
-    if (/EADDRNOTAVAIL|EINVAL/.test(message)) throw new StartError(`HOST=${host}: this machine has no such address.`);
-    if (tls && !/permission denied|EACCES/.test(message))
-      throw new StartError(`TLS_CERT=${config.tlsCert} TLS_KEY=${config.tlsKey}: cannot be used: ${message}`);
-    throw new StartError(`HOST=${host} PORT=${port}: cannot be listened on: ${message}`);
-  }
-}
-
-/** A certificate and its key, as PEM. */
-interface Tls {
-  readonly cert: string;
-  readonly key: string;
-}
-
-/** Reads the PEM files; undefined when there are none. @throws StartError when a file cannot be read, or the key is another's */
-function readTls({ tlsCert, tlsKey }: Config): Tls | undefined {
-  if (tlsCert === "") return undefined;
-  try {
-    const [cert, key] = [readFileSync(tlsCert, "utf8"), readFileSync(tlsKey, "utf8")];
-    if (!new X509Certificate(cert).checkPrivateKey(createPrivateKey(key)))
-      throw new Error("the key is of another certificate");
-    return { cert, key };
-  } catch (error) {
-    throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${(error as Error).message}`);
+    if (tls && /ENOENT|EACCES|OSSL/.test(code ?? "")) {
+      throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${message}`);
+    }
+    if (host === "") return Bun.serve({ ...options, hostname: "0.0.0.0" }); // a machine without IPv6
+    throw new StartError(`HOST=${host} PORT=${port}: cannot listen: ${message}`);
   }
 }
 
@@ -2235,48 +1810,41 @@ function handshake(
   if (!originAllowed(headers, config.origins)) {
     return refuse(403, "Pages of this origin may not connect; CHAT_ORIGINS lists those that may.");
   }
-  const room = roomOf(pathname.slice("/ws/".length));
-  if (room === undefined) {
+  const roomName = roomOf(pathname.slice("/ws/".length));
+  if (roomName === undefined) {
     return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
   }
   const offered = headers.get("sec-websocket-protocol");
-  const chat = offered?.split(",").some((protocol) => protocol.trim() === "chat.v1") ?? false;
-  if (offered !== null && !chat) return refuse(400, "The subprotocol is chat.v1, or none.");
-  const refused = access.check(request, server);
+  const isChat = offered !== null && splitList(offered).includes("chat.v1");
+  if (offered !== null && !isChat) return refuse(400, "The subprotocol is chat.v1, or none.");
+  const role = access.check(request, server);
+  const isRefused = role instanceof Response;
   // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
-  if (refused && !chat) return refused;
-  const name = query.get("name");
-  const clean = name === null ? "Guest" : cleanName(name);
+  if (isRefused && !isChat) return role;
+  const name = cleanName(query.get("name") ?? "Guest");
+  if (name === undefined) return refuse(400, ERRORS["bad-name"]);
   const address = addressOf(request, server, config.proxies);
-  const data = new Member(
-    room,
+  const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
+  const data = new Member(name, {
+    roomName,
     address,
-    chat,
-    clean ?? "Guest",
-    chat && clean === undefined,
-    resumeOf(query),
-    config.rate * BURST_SECONDS,
-  );
-  data.server = server;
-  data.lockedOut = refused !== undefined;
+    network: networkOf(address),
+    isChat,
+    from: idOf(request, roomName),
+    role: isRefused ? "guest" : role,
+    resume: epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined,
+  });
+  if (isRefused) data.state = "refused";
   // A browser that offers a subprotocol and is answered none closes the connection: the WHATWG WebSockets standard.
-  if (server.upgrade(request, { data, headers: chat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} })) return undefined;
+  if (server.upgrade(request, { data, headers: isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} }))
+    return undefined;
   return refuse(400, "The WebSocket handshake is not complete.");
-}
-
-/** Where a client says that it left off; undefined when it does not, or not in a way that can be. */
-function resumeOf(query: URLSearchParams): Resume | undefined {
-  const epoch = query.get("epoch");
-  const after = query.get("after") ?? "";
-  return epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
 }
 
 /** A refusal in plain text. */
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
-  return new Response(`${sentence}\n`, {
-    status,
-    headers: { "Content-Type": "text/plain; charset=utf-8", ...headers },
-  });
+  const type = { "Content-Type": "text/plain; charset=utf-8" };
+  return new Response(`${sentence}\n`, { status, headers: { ...type, ...headers } });
 }
 
 /** The page, its headers and its compressed form, all made once. Every path outside `/ws/` answers with it. */
@@ -2285,7 +1853,10 @@ class Page {
   readonly #gzip: Uint8Array<ArrayBuffer>;
   readonly #headers: Record<string, string>;
 
-  constructor(html: string) {
+  constructor(
+    html: string,
+    readonly config: Config,
+  ) {
     this.#plain = new TextEncoder().encode(html);
     this.#gzip = Bun.gzipSync(this.#plain, { library: "libdeflate", level: 10 }); // 10 ms, once, for 5 % less each time
     this.#headers = {
@@ -2293,7 +1864,8 @@ class Page {
       "Content-Security-Policy": contentSecurityPolicy(html),
       "X-Content-Type-Options": "nosniff",
       "Referrer-Policy": "no-referrer",
-      "Cache-Control": "no-cache", // ask each time; the answer is nearly always 304
+      // Asked for each time; the answer is nearly always 304. Private, so that no cache gives two people one identity.
+      "Cache-Control": "private, no-cache",
       Vary: "Accept-Encoding",
       ETag: `W/"${sha256(html, "hex").slice(0, 32)}"`, // weak: one for both forms
     };
@@ -2301,297 +1873,221 @@ class Page {
 
   answer(request: Request): Response {
     if (request.method !== "GET" && request.method !== "HEAD") {
-      return refuse(405, "Here is only a page to GET.", { Allow: "GET, HEAD" });
+      return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     }
-    const headers = this.#headers;
-    const known = request.headers
-      .get("if-none-match")
-      ?.split(",")
-      .map((tag) => tag.trim().replace(/^(?!W\/)/, "W/"));
-    if (known?.includes(headers.ETag as string)) return new Response(null, { status: 304, headers });
+    const headers = { ...this.#headers };
+    if (cookieOf(request, IDENTITY_COOKIE) === undefined) {
+      // Lax, because a page that is opened by a link from elsewhere must keep its identity.
+      const cookie = `${IDENTITY_COOKIE}=${randomHex(128)}`;
+      headers["Set-Cookie"] = setCookie(cookie, "Lax", IDENTITY_SECONDS, request, this.config);
+    }
+    const known = splitList(request.headers.get("if-none-match") ?? "").map((tag) => tag.replace(/^(?!W\/)/, "W/"));
+    if (known.includes(headers.ETag as string)) return new Response(null, { status: 304, headers });
     const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(request.headers.get("accept-encoding") ?? "");
-    if (!gzip) return new Response(this.#plain, { headers });
-    return new Response(this.#gzip, { headers: { ...headers, "Content-Encoding": "gzip" } });
+    if (gzip) headers["Content-Encoding"] = "gzip";
+    return new Response(gzip ? this.#gzip : this.#plain, { headers });
   }
 }
 
 /** The policy under which the page runs: its one script and its one style, and nothing from anywhere else. CSP Level 3. */
 function contentSecurityPolicy(html: string): string {
-  const hash = (tag: string) => {
-    const content = new RegExp(`<${tag}>([^]*?)</${tag}>`).exec(html)?.[1] ?? "";
-    return `'sha256-${sha256(content, "base64")}'`;
-  };
-  return [
-    "default-src 'none'",
-    `script-src ${hash("script")}`,
-    `style-src ${hash("style")}`,
-    "img-src data:",
-    "connect-src 'self'",
-    "base-uri 'none'",
-    "form-action 'self'",
-    "frame-ancestors 'none'",
-    "require-trusted-types-for 'script'",
-    "trusted-types 'none'",
-  ].join("; ");
-}
-
-function sha256(text: string, encoding: "hex" | "base64"): string {
-  return new Bun.CryptoHasher("sha256").update(text).digest(encoding);
+  const hash = (tag: string) =>
+    `'sha256-${sha256(new RegExp(`<${tag}>([^]*?)</${tag}>`).exec(html)?.[1] ?? "", "base64")}'`;
+  return (
+    `default-src 'none'; script-src ${hash("script")}; style-src ${hash("style")}; img-src data:; ` +
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; " +
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+  );
 }
 
 // ─── Moving: export and import ───────────────────────────────────────────────────────────────────────────────────────
 
-/** A line of an export: a message, and the log it stands in. */
-interface Line extends Message {
-  room: string;
-  epoch: string;
+/** A line of an export: a message, and the room it stands in. */
+type Line = Message & { room: string };
+
+/** The kept messages of every room, room by room. A server on the same store is not disturbed. @throws StartError */
+export async function* exportMessages(config: Config): AsyncGenerator<Line> {
+  if (config.redisUrls.length === 0) yield* exportSqlite(config);
+  for (const url of config.redisUrls) yield* exportRedis(url, config);
 }
 
-/** Messages that are read from Redis, or written to it, at once. */
-const MOVE_MESSAGES = 1000;
-
-/** The kept messages of all rooms in a SQLite file, as they are at one moment. A server that uses the file is not disturbed. */
 function* exportSqlite({ db: path, history }: Config): Generator<Line> {
-  using db = openToRead(path);
-  const rows = db.query<Row & { room: string; epoch: string }, [number]>(
-    `SELECT rooms.name AS room, epoch, seq, at, messages.name, key, text FROM rooms JOIN messages ON room = id
+  if (!existsSync(path)) throw new StartError(`CHAT_DB=${path}: there is no such database.`);
+  using db = new Database(path, { readonly: true });
+  const rows = db.query<Row & { room: string }, [number]>(
+    `SELECT rooms.name AS room, ${COLUMNS} FROM rooms JOIN messages ON room = id
      WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`,
   );
-  for (const { room, epoch, seq, at, name, text, key } of rows.iterate(history)) {
-    yield { room, epoch, ...makeMessage(seq, at, name, text, key) };
-  }
+  for (const row of rows.iterate(history)) yield { room: row.room, ...messageOf(row) };
 }
 
-/** @throws StartError when there is no such database */
-function openToRead(path: string): Database {
-  try {
-    return new Database(path, { readonly: true });
-  } catch (error) {
-    throw new StartError(`CHAT_DB=${path}: the database cannot be read: ${(error as Error).message}.`);
-  }
-}
-
-/** A connection that closes with the block that it was made in. */
-function disposable(redis: Bun.RedisClient): Bun.RedisClient & Disposable {
-  return Object.assign(redis, { [Symbol.dispose]: () => redis.close() });
-}
-
-/** The kept messages of all rooms in a Redis, one room after the other. */
-async function* exportRedis({ redisUrl, prefix }: Config): AsyncGenerator<Line> {
-  using redis = disposable(connectRedis(redisUrl));
-  const generation = await redis.send("GET", [`${prefix}generation`]);
-  const logs = new Set<string>();
-  let cursor = "0";
-  do {
-    const match = `${prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}log:*`;
-    const [next, keys] = (await redis.send("SCAN", [cursor, "MATCH", match, "COUNT", "1000"])) as [string, string[]];
-    for (const key of keys) logs.add(key.slice(`${prefix}log:`.length));
+async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
+  const redis = connectRedis(url, 0);
+  const match = `${config.prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}room:*`;
+  const rooms = new Set<string>();
+  for (let cursor = ""; cursor !== "0";) {
+    const scan = [cursor || "0", "MATCH", match, "COUNT", `${STEP_MESSAGES}`];
+    const [next, keys] = (await redis.send("SCAN", scan)) as [string, string[]];
+    for (const key of keys) rooms.add(key.slice(`${config.prefix}room:`.length));
     cursor = next;
-  } while (cursor !== "0");
-  for (const room of logs) {
-    const state = await redis.send("HMGET", [`${prefix}room:${room}`, "epoch", "generation"]);
-    const [kept, madeIn] = state as [string | null, string | null];
-    if (kept === null) continue;
-    const epoch = madeIn === generation ? kept : randomName(); // of a lost generation: nobody may resume into it
-    for (let from = "-"; ;) {
-      const range = [`${prefix}log:${room}`, from, "+", "COUNT", `${MOVE_MESSAGES}`];
-      const entries = (await redis.send("XRANGE", range)) as StreamEntry[];
-      for (const entry of entries) yield { room, epoch, ...streamMessage(entry) };
-      const last = entries.at(-1);
-      if (!last) break;
-      from = `(${last[0]}`;
+  }
+  for (const room of rooms) {
+    const keys = roomKeys(config, room);
+    const last = Number(await redis.send("HGET", [keys[0] as string, "last"]));
+    for (let from = Math.max(1, last - config.history + 1); from <= last; from += STEP_MESSAGES) {
+      const to = Math.min(last, from + STEP_MESSAGES - 1);
+      const texts = (await redis.send("EVAL", [READ_SCRIPT, "3", ...keys, "", `${from}`, `${to}`])) as string[];
+      for (const text of texts) yield { room, ...(JSON.parse(text) as Message) };
     }
   }
-}
-
-/**
- * Writes the kept messages of every room, a JSON object in each line; a server on the same store is not disturbed.
- * @param write takes some lines at a time; the next ones come when its promise resolves
- * @returns how many messages there were
- */
-export async function exportMessages(config: Config, write: (lines: string) => Promise<unknown>): Promise<number> {
-  let count = 0;
-  let lines = "";
-  for await (const line of config.redisUrl === "" ? exportSqlite(config) : exportRedis(config)) {
-    lines += `${JSON.stringify(line)}\n`;
-    if (++count % MOVE_MESSAGES !== 0) continue;
-    await write(lines);
-    lines = "";
-  }
-  await write(lines);
-  return count;
+  redis.close();
 }
 
 /** Reads an export and checks all of it, so that a broken one changes nothing. @throws StartError with the line's number */
 function readExport(text: string): Map<string, Line[]> {
   const rooms = new Map<string, Line[]>();
-  const keys = new Set<string>();
   for (const [i, json] of text.split("\n").entries()) {
     if (json === "") continue;
-    const broken = (why: string) => new StartError(`Line ${i + 1}: ${why}. Nothing was imported.`);
-    const line = parseLine(json);
-    if (typeof line === "string") throw broken(line);
-    const before = rooms.get(line.room) ?? [];
-    const last = before.at(-1);
-    if (last && (last.epoch !== line.epoch || last.seq + 1 !== line.seq)) {
-      throw broken("it does not follow the one before");
+    try {
+      const line = checkedLine(JSON.parse(json) ?? {});
+      const lines = rooms.get(line.room) ?? [];
+      const last = lines.at(-1);
+      if (last && last.seq + 1 !== line.seq) throw new Error("it does not follow the one before");
+      lines.push(line);
+      rooms.set(line.room, lines);
+    } catch (error) {
+      throw new StartError(`Line ${i + 1}: ${(error as Error).message}. Nothing was imported.`);
     }
-    const key = line.key && `${line.key} ${line.room}`; // a key has no space
-    if (key && keys.has(key)) throw broken("its key was there before");
-    if (key) keys.add(key);
-    before.push(line);
-    rooms.set(line.room, before);
   }
   return rooms;
 }
 
-/** A line of an export, or what is wrong with it. */
-function parseLine(json: string): Line | string {
-  let line: Partial<Line>;
-  try {
-    line = JSON.parse(json) ?? {};
-  } catch {
-    return "it is not JSON";
-  }
-  const { room, epoch, seq, at, name, text, key } = line;
-  if (typeof room !== "string" || roomOf(encodeURIComponent(room.toWellFormed())) !== room)
-    return "it has no valid room";
-  if (typeof epoch !== "string" || !/^[0-9a-f]{16}$/.test(epoch)) return "it has no valid epoch";
-  if (!Number.isSafeInteger(seq) || (seq as number) < 1) return "it has no valid seq";
-  if (!Number.isInteger(at) || Number.isNaN(new Date(at as number).getTime())) return "it has no valid time";
-  if (typeof name !== "string" || cleanName(name) !== name) return "it has no valid name";
-  if (typeof text !== "string" || longerThan(text, MAX_TEXT) || !text.isWellFormed()) return "it has no valid text";
-  if (key !== undefined && !(typeof key === "string" && KEY.test(key))) return "its key is not valid";
-  return { room, epoch, ...makeMessage(seq as number, at as number, name, text, key) };
+/** A line of an export, with the fields of one and no others. @throws what is wrong with it */
+function checkedLine({
+  room = "",
+  seq = 0,
+  at = NaN,
+  name = "",
+  from,
+  text = "",
+  removes,
+  removed,
+  key,
+}: Partial<Line>): Line {
+  const isText = (value: unknown, form: RegExp) =>
+    value === undefined || (typeof value === "string" && form.test(value));
+  const valid = {
+    room: typeof room === "string" && roomOf(encodeURIComponent(room.toWellFormed())) === room,
+    seq: isSeq(seq),
+    at: Number.isInteger(at) && !Number.isNaN(new Date(at).getTime()),
+    name: typeof name === "string" && cleanName(name) === name,
+    from: isText(from, ID),
+    text: typeof text === "string" && !isTooLong(text) && text.isWellFormed() && !(text && (removes || removed)),
+    removes: removes === undefined || (isSeq(removes) && removes < seq),
+    removed: removed === undefined || removed === true,
+    key: isText(key, KEY),
+  };
+  for (const [field, isValid] of Object.entries(valid)) if (!isValid) throw new Error(`it has no valid "${field}"`);
+  return { room, seq, at, name, from, text, removes, removed, key };
 }
 
 /**
- * Takes an export into a store that does not have its rooms yet: all of it or nothing.
- * @returns how many messages there were
- * @throws StartError when a line is broken, a room has messages already, or a server uses the SQLite file
+ * Takes an export into the configured store, room by room; each begins a new epoch.
+ * @returns how many messages were taken, and the rooms that were not, because they are there already
+ * @throws StartError when a line is broken, or a server uses the SQLite file: then nothing has changed
  */
-export async function importMessages(config: Config, text: string): Promise<number> {
+export async function importMessages(config: Config, text: string): Promise<{ count: number; refused: string[] }> {
   const rooms = readExport(text);
-  if (config.redisUrl === "") importSqlite(config, rooms);
-  else await importRedis(config, rooms);
-  return [...rooms.values()].reduce((sum, { length }) => sum + length, 0);
+  const refused = config.redisUrls.length === 0 ? importSqlite(config, rooms) : await importRedis(config, rooms);
+  const taken = [...rooms].filter(([room]) => !refused.includes(room));
+  return { count: taken.reduce((sum, [, lines]) => sum + lines.length, 0), refused };
 }
 
-/** All in one transaction. A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
-function importSqlite(config: Config, rooms: Map<string, Line[]>): void {
-  const { db, lock } = openLocked(config);
-  const insertRoom = db.query(INSERT_ROOM);
+/** A server that runs on the file has it locked: the import is refused, as it would not learn of it. */
+function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
+  const { db, close } = openLocked(config);
   const insert = db.query(INSERT_MESSAGE);
-  const insertAll = db.transaction(() => {
-    for (const [room, lines] of rooms) {
-      const taken = db.query("SELECT 1 FROM rooms WHERE name = ?").get(room);
-      if (taken) throw new StartError(`Room "${room}" has messages already. Nothing was imported.`);
-      const { lastInsertRowid: id } = insertRoom.run(room, (lines[0] as Line).epoch);
-      for (const { seq, at, name, key, text } of lines) insert.run(id, seq, at, name, key ?? null, text);
+  const isTaken = db.transaction((room: string, lines: Line[]) => {
+    if (db.query("SELECT 1 FROM rooms WHERE name = ?").get(room)) return false;
+    const { lastInsertRowid: id } = db.query(INSERT_ROOM).run(room, randomHex(64));
+    for (const { seq, at, name, from = null, text, removes = null, removed, key = null } of lines) {
+      insert.run(id, seq, at, name, from, text, removes, removed ? 1 : null, key);
     }
+    return true;
   });
-  try {
-    insertAll.immediate();
-  } finally {
-    db.close();
-    lock?.close();
-  }
+  const refused = [...rooms].filter(([room, lines]) => !isTaken.immediate(room, lines));
+  close();
+  return refused.map(([room]) => room);
 }
 
-/** ARGV: prefix, room, then seq, at, name, text, key of each message. Nobody sees them there: they are gone in a while. */
-const IMPORT_SCRIPT = `
-local log, keys = ARGV[1] .. 'import-log:' .. ARGV[2], ARGV[1] .. 'import-keys:' .. ARGV[2]
-for i = 3, #ARGV, 5 do
-  local seq, at, name, text, key = unpack(ARGV, i, i + 4)
-  redis.call('XADD', log, seq .. '-0', 'at', at, 'name', name, 'text', text, 'key', key)
-  if key ~= '' then redis.call('HSET', keys, key, seq) end
+/** ARGV: epoch, the last seq, seconds until an idle room expires (0: never), channel; then of each message its seq, key, JSON. */
+const IMPORT_SCRIPT = `${SCRIPT_HEAD}
+if last > 0 then return 0 end
+redis.call('DEL', log, keys)
+redis.call('HSET', room, 'epoch', ARGV[1], 'last', ARGV[2])
+for i = 5, #ARGV, 3 do
+  if ARGV[i + 1] ~= '' then redis.call('HSET', keys, ARGV[i + 1], ARGV[i]) end
+  redis.call('RPUSH', log, ARGV[i + 2])
 end
-for _, name in ipairs({log, keys}) do redis.call('EXPIRE', name, ${OPEN_SECONDS}) end`;
+expire(tonumber(ARGV[3]))
+redis.call('PUBLISH', ARGV[4], '{"epoch":"' .. ARGV[1] .. '","messages":[]}') -- whoever is in the empty room comes back
+return 1`;
 
-/** ARGV: seconds until an idle room expires (0: never), then room, epoch, last of each. Returns a room that is there already, or nil. */
-const IMPORTED_SCRIPT = `${SCRIPT_HEAD}
-for i = 6, #ARGV, 3 do
-  if tonumber(redis.call('HGET', prefix .. 'room:' .. ARGV[i], 'last') or 0) > 0 then return answer(ARGV[i]) end
-end
-local idle = tonumber(ARGV[5])
-for i = 6, #ARGV, 3 do
-  local room, epoch, last = unpack(ARGV, i, i + 2)
-  local meta, log, keys = names(room)
-  redis.call('DEL', meta, log, keys)
-  redis.call('HSET', meta, 'epoch', epoch, 'last', last, 'generation', generation)
-  redis.call('RENAME', prefix .. 'import-log:' .. room, log)
-  if redis.call('EXISTS', prefix .. 'import-keys:' .. room) == 1 then
-    redis.call('RENAME', prefix .. 'import-keys:' .. room, keys)
-  end
-  expire(idle, meta, log, keys)
-  -- Whoever waits in the empty room is sent to come back, by a message of another epoch.
-  redis.call('XADD', feed, 'MAXLEN', '~', ${FEED_ENTRIES}, '*', 'room', room, 'epoch', epoch, 'seq', last, 'at', 0)
-end
-return answer(false)`;
-
-/** All rooms appear in one step, when their messages are there. */
-async function importRedis({ redisUrl, prefix, idleDays }: Config, rooms: Map<string, Line[]>): Promise<void> {
-  using redis = disposable(connectRedis(redisUrl));
-  for (const [room, lines] of rooms) {
-    await redis.send("DEL", [`${prefix}import-log:${room}`, `${prefix}import-keys:${room}`]);
-    for (let i = 0; i < lines.length; i += MOVE_MESSAGES) {
-      const some = lines.slice(i, i + MOVE_MESSAGES);
-      const args = some.flatMap(({ seq, at, name, text, key }) => [`${seq}`, `${at}`, name, text, key ?? ""]);
-      await redis.send("EVAL", [IMPORT_SCRIPT, "0", prefix, room, ...args]);
-    }
+async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<string[]> {
+  const refused: string[] = [];
+  const connections = config.redisUrls.map((url) => connectRedis(url, 0));
+  for (const [name, lines] of rooms) {
+    const keys = roomKeys(config, name);
+    const head = [randomHex(64), `${lines.at(-1)?.seq}`, `${config.idleDays * DAY_SECONDS}`, keys[0] as string];
+    const messages = lines.flatMap(({ room, ...line }) => [`${line.seq}`, line.key ?? "", JSON.stringify(line)]);
+    const redis = connections[homeOf(name, config.redisUrls)] as Bun.RedisClient;
+    if (!(await redis.send("EVAL", [IMPORT_SCRIPT, "3", ...keys, ...head, ...messages]))) refused.push(name);
   }
-  const states = Array.from(rooms, ([room, lines]) => {
-    const { epoch, seq } = lines.at(-1) as Line;
-    return [room, epoch, `${seq}`];
-  });
-  const args = [prefix, "", "", "", `${idleDays * DAY_SECONDS}`, ...states.flat()];
-  const [, , taken] = (await redis.send("EVAL", [IMPORTED_SCRIPT, "0", ...args])) as [string, string, string | null];
-  if (taken !== null) throw new StartError(`Room "${taken}" has messages already. Nothing was imported.`);
+  for (const redis of connections) redis.close();
+  return refused;
 }
 
 // ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** The addresses at which others on the network reach this machine. */
-function networkUrls(url: string): string[] {
-  const addresses = Object.values(networkInterfaces()).flatMap((addresses) => addresses ?? []);
-  const others = addresses.filter(({ internal, family }) => !internal && family === "IPv4");
-  return others.map(({ address }) => url.replace("localhost", address));
+/** Does what the command line asks, with settings from the environment. @throws StartError when it asks for something else */
+export async function main([command, ...rest]: string[]): Promise<void> {
+  if (command === "--help" || command === "-h") return console.log(help());
+  if (command === "--version" || command === "-v") return console.log(version);
+  if (command === undefined) return serve(readConfig(process.env));
+  if (command === "export" && rest.length === 0) return printExport(readConfig(process.env));
+  if (command === "import" && rest.length <= 1) {
+    const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
+    const { count, refused } = await importMessages(readConfig(process.env), text);
+    console.error(`${count} messages imported.`);
+    if (refused.length === 0) return;
+    throw new StartError(`Not imported, as these rooms are there already: ${JSON.stringify(refused)}.`);
+  }
+  throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
 }
 
-const HELP = `A chat server in one file. It needs nothing: start it, and open the address it prints.
+function help(): string {
+  const settings = Object.values(SETTINGS).map(
+    ([variable, fallback, , what]) => `  ${variable.padEnd(15)} ${what}${fallback && ` (${fallback})`}`,
+  );
+  return `A chat server in one file. It needs nothing: start it, and open the address it prints.
 
   bun run server.ts                      serves the chat
   bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
   bun run server.ts import [chat.jsonl]  takes them, from a file or standard input, into a store without those rooms
   bun run server.ts --help | --version
 
-Settings are environment variables, or lines of a file .env (README.md says what each is for):
-  PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_ORIGINS CHAT_PROXIES CHAT_HISTORY
-  CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
-
-/** Does what the command line asks, with settings from the environment. @throws StartError when it asks for something else */
-export async function main([command, ...rest]: string[]): Promise<void> {
-  if (command === "--help" || command === "-h") return console.log(HELP);
-  if (command === "--version" || command === "-v") return console.log(version);
-  if (command === undefined) return serve(readConfig(process.env));
-  if (command === "export" && rest.length === 0) return printExport(readConfig(process.env));
-  if (command === "import" && rest.length <= 1) {
-    const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
-    return console.error(`${await importMessages(readConfig(process.env), text)} messages imported.`);
-  }
-  throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
+Settings are environment variables, or lines of a file .env:
+${settings.join("\n")}`;
 }
 
-/** Writes an export to standard output, and to a terminal's standard error how far it is. */
 async function printExport(config: Config): Promise<void> {
   const out = Bun.stdout.writer();
-  let written = 0;
-  const count = await exportMessages(config, async (lines) => {
-    out.write(lines);
-    await out.flush();
-    written += lines.length;
-    if (process.stderr.isTTY) process.stderr.write(`\r${Math.round(written / 1e6)} MB `);
-  });
+  let count = 0;
+  for await (const line of exportMessages(config)) {
+    out.write(`${JSON.stringify(line)}\n`);
+    if (++count % STEP_MESSAGES === 0) await out.flush();
+  }
+  await out.flush();
   console.error(`${count} messages exported.`);
 }
 
@@ -2599,36 +2095,22 @@ async function printExport(config: Config): Promise<void> {
 async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
   const log = makeLogger(config.logLevel);
-  if (process.stdout.isTTY) log("info", banner(chat.url, config));
-  else log("info", `The chat is open: ${chat.url}`);
+  log("info", `The chat is open: ${chat.url}`);
+  // The addresses at which others on the network reach this machine, for whoever has started it in a terminal.
+  const addresses = Object.values(networkInterfaces()).flatMap((all) => all ?? []);
+  for (const { internal, family, address } of config.host === "" && process.stdout.isTTY ? addresses : []) {
+    if (!internal && family === "IPv4") log("info", `       for others: ${chat.url.replace("localhost", address)}`);
+  }
   const stop = () => void chat.stop().then(() => process.exit(0));
   process.on("SIGTERM", stop);
   process.on("SIGINT", stop);
-  if (config.tlsCert === "") return; // a terminal that closes ends it then, but not under nohup
-  process.on("SIGHUP", () => {
-    try {
-      chat.reloadTls();
-      log("info", "The TLS files were read again.");
-    } catch (error) {
-      log("error", `The TLS files stay as they were. ${(error as Error).message}`);
-    }
-  });
-}
-
-/** What a person sees who started the chat in a terminal. */
-function banner(url: string, { host }: Config): string {
-  const others = host === "" ? networkUrls(url) : [];
-  const line = (what: string, address: string) => `    ${what.padEnd(12)}\x1b[1m${address}\x1b[0m`;
-  return ["", "  The chat is open.", "", line("here", url), ...others.map((each) => line("network", each)), ""].join(
-    "\n",
-  );
 }
 
 if (import.meta.main) {
   main(Bun.argv.slice(2)).catch((error: unknown) => {
-    // What the operator can mend is said in a line; what only a programmer can, with its stack.
-    const theirs = error instanceof StartError || (error instanceof Error && "code" in error);
-    console.error(theirs ? error.message : error);
+    // Operator errors get one line, bugs a stack trace.
+    const isOperators = error instanceof StartError || (error instanceof Error && "code" in error);
+    console.error(isOperators ? error.message : error);
     process.exit(1);
   });
 }
