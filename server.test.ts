@@ -494,17 +494,14 @@ const BROWSER = installed("chromium", "chromium fonts-noto-cjk");
 const describePage = describe.skipIf(!BROWSER);
 const CHROMIUM = ["--no-sandbox", "--disable-quic", "--disable-component-update", "--disable-sync"];
 
-/** What a test does with a page in any browser: the part of Chromium's that others have too. */
-type View = Pick<Bun.WebView, "navigate" | "reload" | "evaluate" | "type" | "press" | "close">;
-
-/** A tab of a browser, of Chromium unless another is named. All share one profile, as the tabs of one person do. */
-class Tab<V extends View = Bun.WebView> {
+/** A tab of a browser, of Chromium unless another's is given. All share one profile, as the tabs of one person do. */
+class Tab {
   /** Errors that the browser reported: none is expected, ever. */
   readonly problems: string[] = [];
   /** Errors that belong to the test: the browser writes every refused request into its console. */
   expected: RegExp | undefined;
 
-  constructor(readonly view: V) {
+  constructor(readonly view: Bun.WebView) {
     started.push(() => this.close());
   }
 
@@ -523,7 +520,7 @@ class Tab<V extends View = Bun.WebView> {
     return tab;
   }
 
-  #watch(this: Tab, { serverGoes }: TabOptions): void {
+  #watch({ serverGoes }: TabOptions): void {
     if (serverGoes) this.expected = /WebSocket connection to|ERR_CONNECTION_REFUSED/;
     const on = (event: string, problem: (data: any) => string | false) =>
       this.view.addEventListener(event, (e) => {
@@ -557,7 +554,7 @@ class Tab<V extends View = Bun.WebView> {
     await within(this.view.reload(), "the reload");
   }
 
-  async size(this: Tab, width: number, height: number): Promise<void> {
+  async size(width: number, height: number): Promise<void> {
     await this.view.cdp("Emulation.setDeviceMetricsOverride", { width, height, deviceScaleFactor: 1, mobile: false });
   }
 
@@ -617,7 +614,8 @@ async function drawn(tab: Tab): Promise<void> {
   );
 }
 
-// Firefox and WebKit, driven by the W3C's two protocols.
+/** What Firefox and WebKit can do of what Chromium's tabs can. */
+type View = Pick<Bun.WebView, "navigate" | "reload" | "evaluate" | "type" | "press" | "close">;
 
 interface OtherBrowser {
   open(): Promise<View>;
@@ -763,22 +761,23 @@ for (const { name, start: startBrowser, there } of OTHER_BROWSERS)
       expect(browser?.problems ?? []).toEqual([]);
     });
 
-    const open = async (url: string): Promise<Tab<View>> => {
+    const open = async (url: string): Promise<Tab> => {
       browser ??= await startBrowser();
-      const tab = new Tab(await browser.open());
+      const tab = new Tab((await browser.open()) as Bun.WebView);
       await tab.go(url);
       await tab.online();
       return tab;
     };
 
-    test("what one tab sends arrives in the other", async () => {
+    test("what one tab sends arrives in the other, and is gone from both when it is taken back", async () => {
       const { url } = await start();
       const [one, two] = [await open(url), await open(url)];
-      await one.say("hello from one");
-      await one.untilText("hello from one", "sent");
-      await two.untilText("hello from one");
-      await two.say("你好");
-      await one.untilText("你好");
+      await one.say("a slip 你好");
+      await one.untilText("a slip 你好", "sent");
+      await two.untilText("a slip 你好");
+      await click(one, ".own .remove");
+      for (const tab of [one, two]) await tab.untilText("Taken back");
+      expect(await valueOf(one)).toBe("a slip 你好");
     });
 
     test("what was written without a server survives a reload and is sent once when the server is back", async () => {
@@ -794,11 +793,17 @@ for (const { name, start: startBrowser, there } of OTHER_BROWSERS)
       expect(textsOf(await readLog(second.url))).toEqual(["written without a server"]);
     });
 
+    test("a search finds what was written long ago", async () => {
+      const { url } = await start({ rate: 0 });
+      await fill(url, "", 250, (n) => (n === 3 ? "Ein Café" : `Message ${n}`));
+      await search(await open(url), "cafe", ["Café"]);
+    });
+
     test("a reader who goes up page by page sees every message", async () => {
       const { url } = await start({ rate: 0 });
-      await fill(url, "", 250);
+      await fill(url, "", 160);
       const tab = await open(url);
-      await tab.untilText("Message 250");
+      await tab.untilText("Message 160");
       const seen = new Set<number>();
       const visible = async () => {
         const log = document.querySelector<HTMLElement>("#log")!;
@@ -817,7 +822,7 @@ for (const { name, start: startBrowser, there } of OTHER_BROWSERS)
         await tab.view.press("PageUp");
         return seen.has(1);
       });
-      expect(seen.size).toBe(250);
+      expect(seen.size).toBe(160);
     });
   });
 
