@@ -8,7 +8,6 @@ import { Database } from "bun:sqlite";
 import { afterAll, afterEach, describe, expect, setDefaultTimeout, setSystemTime, spyOn, test } from "bun:test";
 import {
   copyFileSync,
-  existsSync,
   mkdtempSync,
   readdirSync,
   readFileSync,
@@ -695,9 +694,10 @@ async function openFirefox(call: (method: string, params: object) => Promise<any
 /** WebKit speaks WebDriver: a command is a request over HTTP, to the window that was chosen last. It wants a screen. */
 async function startWebKit(): Promise<OtherBrowser> {
   const port = await freePort();
-  const display = `:${port}`;
+  const display = `:${port}`; // a number that nobody has
   launch(["Xvfb", display, "-nolisten", "tcp"]);
-  await eventually("Xvfb", () => existsSync(`/tmp/.X11-unix/X${port}`));
+  const socket = Bun.file(`/tmp/.X11-unix/X${port}`);
+  await eventually("Xvfb", () => socket.stat().catch(() => false));
   launch(["WebKitWebDriver", `--port=${port}`], display);
   let base = `http://127.0.0.1:${port}`;
   const call = async (method: string, path: string, body?: object) => {
