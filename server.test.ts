@@ -3138,7 +3138,7 @@ describePage("nothing is lost in the page", () => {
     const { url } = await start({ rate: 0 });
     await fill(url, "", 700);
     const wire = await Wire.to({ port: Number(new URL(url).port) });
-    const tab = await Tab.open(`http://${wire.address}/#50`);
+    const tab = await Tab.open(`http://${wire.address}/#50`, { serverGoes: true });
     await tab.untilText("Message 50");
     wire.silence();
     await tab.run(() => dispatchEvent(new Event("offline")));
