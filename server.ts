@@ -25,7 +25,6 @@
 import { Database, type Statement } from "bun:sqlite";
 import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
 import { closeSync, existsSync, openSync, realpathSync } from "node:fs";
-import { networkInterfaces } from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
@@ -33,64 +32,71 @@ import { version } from "./package.json";
 
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-const MAX_TEXT = 16 * 1024; // bytes of UTF-8 in the text of one message
-const MAX_FRAME = 64 * 1024; // bytes of a client's frame; a longer one closes with 1009
-const MAX_NAME = 32; // characters (Unicode code points) of a person's name
-const MAX_ROOM = 64; // characters of a room's name
+// What a client may send.
+const MAX_TEXT = 16 * 1024; // bytes of UTF-8
+const MAX_FRAME = 64 * 1024; // bytes; a longer one closes with 1009
+const MAX_NAME = 32; // code points, as of a room's
+const MAX_ROOM = 64;
 const MAX_STRIKES = 10; // frames outside the protocol, until it closes with 1008
+// What a client is sent.
 const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a fresh start
+const PAGE_BYTES = 256 * 1024; // of text in both, as JSON: half of BACKPRESSURE_BYTES
 const RESUME_MESSAGES = 1000; // that a client may miss and still resume
-const PAGE_BYTES = 256 * 1024; // of text in a page or hello, as JSON: half of BACKPRESSURE_BYTES
-const CACHED_HELLOS = 64; // kept ready in the whole server: at most some 20 MB
+const CACHED_HELLOS = 64; // in the whole server: some 20 MB
 const BEHIND_MS = 100; // for this server to hear what a client has seen on another
 const PRESENCE_PEOPLE = 100; // listed in a presence frame; the count is exact
 const PRESENCE_MS = 1000; // between two presence frames of a room
 const TYPING_MS = 2000; // between two typing frames of a sender that are passed on
+// Rates: CHAT_RATE is that of one connection.
 const BURST_SECONDS = 10; // worth of frames that a silent sender may send at once
 const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
 const FREE_TRIES = 5; // wrong passwords of an address at once; then one a minute
-const MAX_BUCKETS = 10_000; // token buckets of each kind, the newest
-const QUEUE_BYTES = 1024 * 1024; // in a sender's queue, until its socket is read no further
-const QUEUE_FRAME_BYTES = 64; // of a queued frame beside its text: tiny ones count too
+const MAX_BUCKETS = 10_000; // of each kind
+// What is buffered for one connection.
+const QUEUE_BYTES = 1024 * 1024; // from a sender, until its socket is read no further
+const QUEUE_FRAME_BYTES = 64; // for each queued frame beside its text
 const BACKPRESSURE_BYTES = 512 * 1024; // for a slow reader: with the frame that passes it, 1 MiB
-const GATHER_MS = 6; // of gathering under load: it saves a system call for every socket
-const GATHER_POSTS = 32; // that end the gathering at once
-const GATHER_CHARACTERS = 64 * 1024; // (UTF-16 units) that end it at once
-const STEP_MESSAGES = 1000; // trimmed or exported at once: few, so that posts get in between
-const MAX_BODY = 4096; // bytes of a request's body: a password
+// Under load messages are gathered, which saves system calls, until one of these is reached.
+const GATHER_MS = 6;
+const GATHER_POSTS = 32;
+const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
+const STEP_MESSAGES = 1000; // trimmed, exported or sent to Redis at once: few, so that others get in between
+// Requests and cookies.
+const MAX_BODY = 4096; // bytes: a password
 const DAY_SECONDS = 24 * 60 * 60;
 const SESSION_SECONDS = 30 * DAY_SECONDS; // of the cookie that a password gives
 const IDENTITY_SECONDS = 365 * DAY_SECONDS; // of the cookie that makes a browser's ids
-const DRAIN_MS = 800; // that `stop` waits for the store, and less than 3 s with the next
-const CLOSE_MS = 2000; // that it waits for clients to answer the Close frame
+// How long `stop` waits: together less than 3 s.
+const DRAIN_MS = 800; // for the store
+const CLOSE_MS = 2000; // for clients to answer the Close frame
 
 // ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
 
 /** An entry of a room's log, as it is stored and as every `chat.v1` client sees it. */
 export interface Message {
-  seq: number; // its place in the room's log: 1, 2, 3 … without a gap
-  at: number; // when the server received it: milliseconds since 1970
-  name: string; // the sender's name; nothing proves it
-  from?: string; // the sender's id in this room; absent without its cookie
+  seq: number; // 1, 2, 3 … without a gap
+  at: number; // milliseconds since 1970
+  name: string; // of the sender, who may have made it up
+  from?: string; // the sender's id in this room, which its cookie proves
   text: string;
-  removes?: number; // the seq that this entry takes back; the entry has no text
+  removes?: number; // the seq of the message that this entry takes back
   removed?: true; // it was taken back: its text is gone
-  key?: string; // the sender's; absent from plain sockets
+  key?: string; // made by a chat.v1 sender
 }
 
 /** Somebody who is in a room. */
 export type Person = Pick<Message, "name" | "from">;
 export type Role = "guest" | "operator";
 
-/** What the server sends to a `chat.v1` client: one JSON object in each text frame. */
+/** What the server sends to a `chat.v1` client. */
 export type ServerFrame =
   | {
       type: "hello"; // always the first frame
       you?: string; // the client's own id, if it has one
       role?: Role; // only where the server has an operator
       epoch: string; // names this log; seqs of another mean nothing in it
-      first: number; // the oldest seq kept, and the newest; an empty log has 1 and 0
-      last: number;
+      first: number; // the oldest seq kept; 1 if there is none
+      last: number; // the newest; 0 if there is none
       resumed: boolean; // `messages` is exactly what was missed; else start afresh from them
       messages: Message[];
       limits: { text: number; name: number };
@@ -105,7 +111,7 @@ export type ServerFrame =
 
 type ErrorFrame = { type: "error"; code: ErrorCode; text: string; key?: string };
 
-/** What a `chat.v1` client sends: the fields of each type of frame, by values of their types. */
+/** What a `chat.v1` client sends: each type of frame, and a sample of each field. */
 const CLIENT_FRAMES = {
   post: { key: "", text: "" }, // a plain socket's frame becomes one with the key ""
   remove: { key: "", seq: 0 },
@@ -117,7 +123,7 @@ const CLIENT_FRAMES = {
 type ClientFrames = { [Type in keyof typeof CLIENT_FRAMES]: { type: Type } & (typeof CLIENT_FRAMES)[Type] };
 export type ClientFrame = ClientFrames[keyof ClientFrames];
 
-/** What can be wrong with a client's frame. Only `bad-frame` counts towards {@link MAX_STRIKES}. */
+/** What can be wrong with a client's frame. Only `bad-frame` is a strike. */
 const ERRORS = {
   "bad-frame": "The frame is not of the protocol chat.v1.",
   "bad-key": "A key is 1 to 64 characters of A-Z, a-z, 0-9, _ and -.",
@@ -129,14 +135,14 @@ const ERRORS = {
 };
 export type ErrorCode = keyof typeof ERRORS;
 
-/** Close codes: RFC 6455 section 7.4.1, the IANA registry (1013), and the private range (4401). */
+/** Close codes of RFC 6455, the IANA registry (1013) and the private range (4401). */
 const CLOSE = { goingDown: 1001, binary: 1003, protocol: 1008, tooBig: 1009, bug: 1011, tryAgain: 1013, login: 4401 };
 
 const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
 const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
 
-/** Parses a `chat.v1` frame and checks its shape; the values are checked where they are used. */
+/** Checks the fields of a `chat.v1` frame and their types; the values are checked where they are used. */
 function parseFrame(data: string): ClientFrame | ErrorFrame {
   let frame: Record<string, unknown>;
   try {
@@ -152,7 +158,6 @@ function parseFrame(data: string): ClientFrame | ErrorFrame {
   const names = Object.keys(sample);
   const fits = names.every((name) => typeof frame[name] === typeof sample[name]);
   if (fits && Object.keys(frame).length === names.length + 1) return frame as ClientFrame;
-  // Lists the known fields, not the unknown, which may be long.
   const list = names.map((name) => `, ${name} (a ${typeof sample[name]})`);
   return badFrame(`"${type}" has the fields type${list.join("")}, and no others.`);
 }
@@ -170,7 +175,7 @@ const isTooLong = (text: string) => text.length * 3 > MAX_TEXT && Buffer.byteLen
 /** A name as it is shown, or undefined when it cannot be given. */
 const cleanName = (name: string) => cleanLine(name.toWellFormed().trim(), MAX_NAME) || undefined;
 
-/** A text, NFC-normalised; undefined when it has too many code points, or control characters. */
+/** A text, NFC-normalised; undefined when it is too long, or has control characters. */
 function cleanLine(text: string, max: number): string | undefined {
   const clean = text.normalize("NFC");
   return [...clean].length > max || CONTROL.test(clean) ? undefined : clean;
@@ -185,11 +190,9 @@ function roomOf(path: string): string | undefined {
   }
 }
 
-/** A random text: so many bits, in hexadecimal. */
 const randomHex = (bits: number) => Buffer.from(crypto.getRandomValues(new Uint8Array(bits / 8))).toString("hex");
 const sha256 = (text: string, encoding: "hex" | "base64" | "base64url") =>
   new Bun.CryptoHasher("sha256").update(text).digest(encoding);
-/** The entries of a list that is separated by commas. */
 const splitList = (list: string) => list.split(",").flatMap((entry) => entry.trim() || []);
 /** For what may fail without harm. */
 const ignore = () => {};
@@ -200,7 +203,7 @@ const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
 const REDIS = /^(redis|valkey)s?:\/\/./;
 const ORIGIN = /^(\*|(https?:\/\/)?[^/?#*@\s]+)$/;
 
-/** Throws what is allowed where `read` finds nothing. */
+/** A reader that throws what is allowed when `read` finds nothing. */
 function check<T>(allowed: string, read: (value: string) => T | undefined): (value: string) => T {
   return (value) => {
     const found = read(value);
@@ -222,7 +225,7 @@ const listOf = (form: RegExp, what: string) =>
     return entries.every((entry) => form.test(entry)) ? entries : undefined;
   });
 
-/** Of each setting the variable, the default, the check, and the line of `--help`. */
+/** The variable of each setting, its default, its check, and its line of `--help`. */
 const SETTINGS = {
   port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: a free one"],
   host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
@@ -245,17 +248,14 @@ const SETTINGS = {
 
 /** What a chat is started with: the settings, and two times that only tests shorten. */
 export type Config = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typeof SETTINGS)[Name][2]> } & {
-  readonly silenceSeconds: number; // until a connection is ended; under 60, so that proxies see traffic
-  readonly expireMs: number; // from the start to the first look for idle rooms, and between two
+  readonly silenceSeconds: number; // until a dead connection is ended; under 60, so that proxies see traffic
+  readonly expireMs: number; // between two looks for idle rooms
 };
 
-/** A mistake of the operator, told in one line, such as a bad value or a port in use. */
+/** An error of the operator, such as a bad value or a port in use, told in one line. */
 export class StartError extends Error {}
 
-/**
- * Reads the configuration from environment variables; unset and empty ones take their defaults.
- * @throws StartError that names the variable, its value and what is allowed
- */
+/** Unset and empty variables have their defaults. @throws StartError with the variable, its value and what is allowed */
 export function readConfig(env: Record<string, string | undefined>): Config {
   const entries = Object.entries(SETTINGS).map(([name, [variable, fallback, read]]) => {
     const value = env[variable] || fallback;
@@ -276,12 +276,11 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   return Object.freeze(config);
 }
 
-/** URLs without what stands before the last @ of each: a password may have an @. */
+/** Hides what stands before the last @ of each URL: a password may have an @. */
 const withoutPassword = (urls: string) => urls.replace(/\/\/[^,]*@/g, "//…@");
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
 
-/** Prints lines up to a level: errors to standard error, the rest to standard output. */
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
@@ -293,14 +292,14 @@ function makeLogger(upTo: Config["logLevel"]): Logger {
   };
 }
 
-/** Drops the entry that was added first, when there are more than so many. */
-function dropOldest<Key>(map: Map<Key, unknown>, max: number): void {
-  if (map.size > max) map.delete(map.keys().next().value as Key);
+/** Keeps a cache small: drops the entry that was added first. */
+function dropOldest<Key>(entries: Map<Key, unknown> | Set<Key>, max: number): void {
+  if (entries.size > max) entries.delete(entries.keys().next().value as Key);
 }
 
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
-/** A token bucket for each owner: `burst` at once after a silence, `perSecond` on average. */
+/** A bucket for each owner: `burst` tokens after a silence, `perSecond` on average. */
 class TokenBuckets<Owner> {
   readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
 
@@ -328,26 +327,26 @@ class TokenBuckets<Owner> {
   }
 }
 
-// ─── Rooms and their members: what is known of them ──────────────────────────────────────────────────────────────────
+// ─── Rooms and members ──────────────────────────────────────────────────────────────────
 
 type Server = Bun.Server<Member>;
 type Socket = Bun.ServerWebSocket<Member>;
 
 /** What the handshake learns of a client. */
 interface Visitor {
-  readonly roomName: string;
-  readonly address: string; // where it comes from, for the log
-  readonly network: string; // whose rate it shares; "": this machine itself, which is free
-  readonly isChat: boolean; // it speaks chat.v1; else plain
-  readonly from: string | undefined; // its id in this room, if it brought the cookie
-  readonly role: Role;
-  readonly resume: { readonly epoch: string; readonly after: number } | undefined; // where it left off
+  roomName: string;
+  address: string; // for the log
+  network: string; // whose rate it shares; "": this machine, which is free
+  isChat: boolean; // it speaks chat.v1; else plain
+  from: string | undefined; // its id in this room, if it has the cookie
+  role: Role;
+  resume: { epoch: string; after: number } | undefined; // where it left off
 }
 
 type MemberState =
-  | "joining" // its hello is not out yet: its frames wait in the queue
-  | "here" // it gets every message of its room, and its frames are acted on
-  | "refused" // it was sent away: what it sends now would overtake what it must send again, and is ignored
+  | "joining" // its frames wait in the queue until its hello is out
+  | "here" // it gets every message of its room
+  | "refused" // it was sent away: without a password, or because its room was lost
   | "gone"; // its socket is closed
 
 /** One connection, as `ws.data`. */
@@ -355,42 +354,42 @@ class Member {
   state: MemberState = "joining";
   ws!: Socket; // set, as the room is, when the socket opens
   room!: Room;
-  heardAt = performance.now(); // when something last came from it, on the monotonic clock
+  heardAt = performance.now(); // when something last came from it
   queue: { frame: ClientFrame | ErrorFrame; bytes: number }[] = []; // what came too fast, or before the hello
   queueBytes = 0;
-  draining: Timer | undefined; // comes back for the queue
+  draining: Timer | undefined; // until the next token for the queue
   strikes = 0; // frames outside the protocol
   typedAt = -Infinity;
 
   constructor(
     public name: string,
-    readonly visitor: Visitor,
+    readonly visitor: Readonly<Visitor>,
   ) {}
 }
 
 /** Who is in a room on one server. */
 interface Here {
-  readonly ids: string[]; // everybody who has an id, once
-  readonly nameless: number; // sockets without an id
-  readonly people: Person[]; // those of chat.v1, at most PRESENCE_PEOPLE
+  ids: string[]; // each once
+  nameless: number; // sockets without an id
+  people: Person[]; // those of chat.v1, at most PRESENCE_PEOPLE
 }
 
-/** A room while somebody is in it: one object for the rooms and the broker. */
+/** A room while somebody is in it. */
 class Room {
-  state: "opening" | "open" | "closed" = "opening"; // closed: the last member has left, or the room is lost
+  state: "opening" | "open" | "closed" = "opening"; // closed: nobody is in it, or it was lost
   opened!: Promise<void>; // settles when its log is open
   readonly members = new Set<Member>();
   // What the brokers set:
   epoch = ""; // names its log
   first = 1; // the oldest seq in the store
-  last = 0; // the newest, and that of the last message delivered
-  row = 0; // SQLite: its row; 0 until its first message is stored
-  keys: Map<string, number> | undefined; // SQLite: the seqs of its messages by key, once they are needed
+  last = 0; // the newest, which was delivered
+  row = 0; // SQLite: its id; 0 until its first message is stored
+  keys: Map<string, number> | undefined; // SQLite: seqs by key, once they are needed
   waiting: Post[] = []; // Redis: posts to be stored next
   isStoring = false; // Redis: whether others are being stored
   early: Heard[] = []; // Redis: what was heard while the room was opening
   // What the rooms set:
-  readonly pendingJoins = new Set<Message[]>(); // what was delivered since a joining member began to read the log
+  readonly pendingJoins = new Set<Message[]>(); // for each who is joining: what was delivered since it read the log
   readonly elsewhere = new Map<string, Here>(); // who is here on other servers
   announced = ""; // who is here on this one, as the others were last told
   presence = ""; // the last presence frame
@@ -404,7 +403,6 @@ class Room {
     readonly plainTopic = `plain/${name}`,
   ) {}
 
-  /** As the server's own log names it. */
   toString(): string {
     return this.name === "" ? "the lobby" : `room "${this.name}"`;
   }
@@ -414,11 +412,11 @@ class Room {
 
 const PONG = encode({ type: "pong" });
 
-/** Takes frames from sockets, at each sender's rate, and hands posts to the broker. */
+/** Takes the frames of all sockets, at each sender's rate. */
 class Inbox {
-  isStopping = false; // the server goes down: frames are ignored
+  isStopping = false;
   readonly senders: TokenBuckets<Member>;
-  readonly addresses: TokenBuckets<string>; // many people may be behind one: it has several connections' worth
+  readonly addresses: TokenBuckets<string>; // many people may be behind one
 
   constructor(readonly rooms: Rooms) {
     const { rate } = rooms.config;
@@ -431,17 +429,17 @@ class Inbox {
   receive(ws: Socket, data: string | Buffer): void {
     const member = ws.data;
     member.heardAt = performance.now();
-    if (ws.readyState !== WebSocket.OPEN) return; // read together with a frame that closed the connection
+    if (ws.readyState !== WebSocket.OPEN) return; // it came with a frame that closed the connection
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
     const frame: ClientFrame | ErrorFrame = member.visitor.isChat
       ? parseFrame(data)
       : { type: "post", key: "", text: data };
-    // A ping passes the queue, or a client that is slowed would take its connection for dead. Never before the hello.
+    // A ping passes the queue, or a client that is slowed would take its connection for dead.
     if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
     this.pace(member, frame, data.length);
   }
 
-  /** A frame waits its turn in the sender's queue: none while the sender keeps to the rate. */
+  /** Queues a frame, and acts on it at once while its sender keeps to the rate. */
   pace(member: Member, frame: ClientFrame | ErrorFrame, length: number): void {
     const bytes = length + QUEUE_FRAME_BYTES;
     member.queue.push({ frame, bytes });
@@ -450,7 +448,7 @@ class Inbox {
     if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
   }
 
-  /** Acts on as many frames as the rates allow, and comes back for the rest. */
+  /** Acts on as many frames as the rates allow; a timer comes back for the rest. */
   drain(member: Member): void {
     if (member.draining) return;
     let wait = 0;
@@ -462,15 +460,15 @@ class Inbox {
     if (member.state !== "here") return;
     if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
     if (member.queue.length === 0) return;
-    const again = () => {
+    // Many connections may wait for one address: each looks no more often than its own tokens come.
+    wait = Math.max(wait, 1000 / this.rooms.config.rate);
+    member.draining = setTimeout(() => {
       member.draining = undefined;
       this.drain(member);
-    };
-    // No more often than its own tokens come, though many connections may wait for one address.
-    member.draining = setTimeout(again, Math.max(wait, 1000 / this.rooms.config.rate));
+    }, wait);
   }
 
-  /** Takes a token of the sender and of its address; or returns the milliseconds until there are both. */
+  /** Takes a token of the sender and of its address, or returns the milliseconds to wait for both. */
   #takeTokens(member: Member): number {
     if (this.rooms.config.rate === 0) return 0;
     const { network } = member.visitor;
@@ -483,7 +481,8 @@ class Inbox {
 
   /** Does what a frame asks, or tells its sender what is wrong with it. */
   #act(member: Member, frame: ClientFrame | ErrorFrame): void {
-    if (this.isStopping || member.state === "refused") return;
+    // In a room that was lost, a frame would overtake those before it, which the client sends again.
+    if (this.isStopping || member.room.state === "closed") return;
     const error = frame.type === "error" ? frame : this.#refusal(member, frame);
     if (!error) return;
     member.ws.send(encode(error));
@@ -511,7 +510,7 @@ class Inbox {
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
     if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
     if (removes !== undefined && !isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
-    // A lone surrogate has no UTF-8: replaced here, it looks the same now and when it is read later.
+    // A lone surrogate has no UTF-8: replaced now, it looks the same live and when it is read later.
     const post = { at: Date.now(), name, from, text: text.toWellFormed(), removes, key: key || undefined };
     room.broker.append({ room, sender: ws.data, ...post });
   }
@@ -542,49 +541,47 @@ class Inbox {
   }
 }
 
-/** The oldest seq that counts as kept: what the store has before it is trimmed in time. */
+/** The oldest seq that counts as kept: the store trims later. */
 const firstKept = (room: Room, { history }: Config) => Math.max(room.first, room.last - history + 1);
 
 // ─── Brokers: append ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** A post, or a removal, on its way to the log. */
 interface Post extends Omit<Message, "seq" | "removed"> {
-  readonly room: Room;
-  readonly sender: Member;
+  room: Room;
+  sender: Member;
 }
 
 /** The seq of the message that a post already is, or why it is refused. */
 type Answer = number | "gone" | "not-yours";
 
-/** What a server tells the others of a room: who is there, who types; or nothing, to ask who is there. */
-type Notice = { readonly here?: Here; readonly typing?: string };
+/** What a server tells the others of a room: who is there, who types; or it asks who is there, by nothing. */
+type Notice = { here?: Here; typing?: string };
 
-/** Keeps the logs of rooms. In doubt about a post, or about what comes next, it loses the room. */
+/** Keeps the logs of rooms. In doubt, it loses a room. */
 interface Broker {
-  /** Begins; resolves when posts can be taken, or when it is clear that they cannot for now. */
+  /** Resolves when the store can be used, or when it is clear that it cannot for now. */
   start(): Promise<void>;
-  /** Opens a room: sets its epoch, first and last, and its state. @throws when the store cannot be reached */
+  /** Sets the epoch, first, last and state of a room. @throws when the store cannot be reached */
   open(room: Room): Promise<void>;
   /** Ends what `open` began. */
   close?(room: Room): void;
   /** Stores a post, then delivers it, or answers its sender, or loses the room. */
   append(post: Post): void;
-  /** Messages with `from <= seq <= to`, ascending: the newest {@link PAGE_BYTES} of them. */
+  /** The messages with these seqs, ascending: the newest {@link PAGE_BYTES} of them. */
   read(room: Room, from: number, to: number): Promise<Message[]>;
-  /** Tells the other servers, where there are any. */
   tell?(room: Room, notice: Notice): void;
   /** Stores and delivers what still waits. */
   drain(): Promise<void>;
-  /** Closes the store. */
   stop(): void;
 }
 
-/** Gathers items under load: after {@link GATHER_MS} of quiet one is handled alone, else all of that time together. */
+/** Batches items under load; one that comes after {@link GATHER_MS} of quiet is handled at once. */
 class Gatherer<Item> {
   #items: Item[] = [];
   #characters = 0;
   #timer: Timer | undefined;
-  #doneAt = -Infinity; // when the last batch was done, on the monotonic clock
+  #doneAt = -Infinity; // when the last batch was handled
 
   constructor(readonly handle: (items: Item[]) => void) {}
 
@@ -609,12 +606,12 @@ class Gatherer<Item> {
   }
 }
 
-/** Of messages, newest first, as many as fit in {@link PAGE_BYTES}, but one at least: ascending. */
+/** The newest messages that fit in {@link PAGE_BYTES}, one at least, ascending. */
 function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
   let bytes = 0;
   for (const message of newestFirst) {
-    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2; // as it is sent: a control character takes six bytes
+    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2; // as sent: a control character takes six bytes
     if (bytes > PAGE_BYTES && messages.length > 0) break;
     messages.push(message);
   }
@@ -639,13 +636,13 @@ function messageOf(row: Row): Message {
   return { ...kept, removed: removed ? true : undefined, key: key ?? undefined };
 }
 
-/** Keeps the logs in one SQLite file. What waits together is committed in one transaction, then delivered. */
+/** Keeps the logs in one SQLite file: commits a batch in one transaction, then delivers it. */
 class SqliteBroker implements Broker {
   readonly #db: Database;
   readonly #close: () => void;
   readonly #insert: Statement;
   readonly #select: Statement<Row, [number, number, number]>;
-  readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // or none of them
+  readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // all, or none
   readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
   #trimming: Timer | undefined;
   #expiring: Timer | undefined;
@@ -661,13 +658,13 @@ class SqliteBroker implements Broker {
   }
 
   async start(): Promise<void> {
-    // Not at once: a backup that is restored late must not be emptied before anyone has looked at it.
+    // Not at once: a restored backup must not be emptied before anyone has looked at it.
     const { idleDays, expireMs } = this.rooms.config;
     if (idleDays > 0) this.#expiring = setInterval(() => void this.#forgetIdle(), expireMs);
   }
 
   async open(room: Room): Promise<void> {
-    this.#gatherer.flush(); // posts of clients who have just left this room: they belong to what is read now
+    this.#gatherer.flush(); // clients who have just left this room may have posted
     const [found] = this.#db.query(FIND_ROOM).values(room.name) as [number, string, number, number][];
     [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0]; // a visit alone leaves no trace
     room.state = "open";
@@ -682,11 +679,8 @@ class SqliteBroker implements Broker {
     const stored = new Map<Room, Message[]>();
     const answers: [Post, Answer][] = [];
     try {
-      // A single statement is its own transaction, for less.
-      const isStatement = posts.length === 1 && posts.every(({ room, removes }) => room.row > 0 && !removes);
-      const outcomes = isStatement ? posts.map((post) => this.#store(post)) : this.#storeAll(posts);
-      for (const [i, post] of posts.entries()) {
-        const outcome = outcomes[i] as Message | Answer;
+      for (const [i, outcome] of this.#storeAll(posts).entries()) {
+        const post = posts[i] as Post;
         if (typeof outcome !== "object") answers.push([post, outcome]);
         else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
       }
@@ -702,7 +696,7 @@ class SqliteBroker implements Broker {
     for (const room of stored.keys()) this.#trimSoon(room);
   }
 
-  /** Writes a post as the next message of its room. If the commit fails, what it changes in the room is lost with it. */
+  /** Inserts a post as the next message. If the commit fails, the room is lost, and with it what is changed here. */
   #store({ room, sender, ...post }: Post): Message | Answer {
     const { at, name, from, text, removes, key } = post;
     const known = key && (room.keys ??= this.#loadKeys(room)).get(key);
@@ -711,12 +705,12 @@ class SqliteBroker implements Broker {
     if (refusal) return refusal;
     if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
     const seq = ++room.last;
-    this.#insert.run(room.row, seq, at, name, from ?? null, text, removes ?? null, null, key ?? null);
+    this.#insert.run(room.row, seq, at, name, from, text, removes, null, key);
     if (key) room.keys?.set(key, seq);
     return { seq, ...post };
   }
 
-  /** Deletes the text of a message that is taken back, or says why not. */
+  /** Deletes the text of a message, or says why not. */
   #erase(room: Room, seq: number, { visitor: { from, role } }: Member): Answer | undefined {
     const target = this.#select.get(room.row, seq, seq);
     if (!target || target.removes !== null || seq <= room.last - this.rooms.config.history) return "gone";
@@ -726,7 +720,7 @@ class SqliteBroker implements Broker {
     return undefined;
   }
 
-  /** In memory, because an index on random keys costs ten times the insert. */
+  /** Keys are kept in memory, because an index on them costs ten times the insert. */
   #loadKeys(room: Room): Map<string, number> {
     const keys = "SELECT key, seq FROM messages WHERE room = ? AND key IS NOT NULL ORDER BY seq";
     return new Map(this.#db.query<never, [number]>(keys).values(room.row) as [string, number][]);
@@ -747,15 +741,15 @@ class SqliteBroker implements Broker {
     this.#close();
   }
 
-  /** Deletes a room's oldest messages, a step at a time. */
+  /** Deletes a room's oldest messages, step by step. */
   #trimSoon(room: Room): void {
     if (room.last - room.first + 1 < this.rooms.config.history + STEP_MESSAGES) return;
     this.#trimming ??= setTimeout(() => {
       this.#trimming = undefined;
       try {
-        const step = "DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key";
-        for (const [key] of this.#db.query(step).values(room.row, room.first + STEP_MESSAGES)) {
-          room.keys?.delete(key as string);
+        const step = this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key, seq");
+        for (const [key, seq] of step.values(room.row, room.first + STEP_MESSAGES) as [string, number][]) {
+          if (room.keys?.get(key) === seq) room.keys.delete(key); // else it was posted again, as a later message
         }
       } catch (error) {
         return this.rooms.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
@@ -765,14 +759,14 @@ class SqliteBroker implements Broker {
     }, GATHER_MS);
   }
 
-  /** Forgets, one at a time, the rooms that nobody is in and nobody has posted to for some days. */
+  /** Forgets the rooms that nobody is in and nobody has posted to for some days. */
   async #forgetIdle(): Promise<void> {
     const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(NEXT_IDLE);
     const since = Date.now() - this.rooms.config.idleDays * DAY_SECONDS * 1000;
     try {
       for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
         id = room.id;
-        this.#gatherer.flush(); // a post of a client that has just left would go to a room that is not there
+        this.#gatherer.flush(); // a client that has just left may have posted
         if (this.rooms.open.has(room.name)) continue;
         this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
         this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
@@ -784,19 +778,19 @@ class SqliteBroker implements Broker {
   }
 }
 
-/** Opens the database, with a lock against other servers, which the system frees when the process dies. @throws StartError */
+/** Opens the database for this process alone: the system frees the lock when it dies. @throws StartError */
 function openLocked({ db: path, sync }: Config): { db: Database; close: () => void } {
   let lock: Database | undefined;
   try {
     if (path !== ":memory:") {
-      closeSync(openSync(path, "a")); // it is there from now on: by all its names the lock is the same
+      closeSync(openSync(path, "a")); // a file has one real path, whatever its names
       lock = new Database(`${realpathSync(path)}-lock`);
-      lock.run("PRAGMA busy_timeout = 500"); // of two that start at the same moment, one gets it
-      lock.run("BEGIN EXCLUSIVE"); // and keeps it: it never ends
+      lock.run("PRAGMA busy_timeout = 500"); // of two that start together, one gets it
+      lock.run("BEGIN EXCLUSIVE"); // never committed
     }
     const db = openDatabase(path, sync);
     const close = () => {
-      db.run("PRAGMA wal_checkpoint(TRUNCATE)"); // so that no text that was taken back is left there
+      db.run("PRAGMA wal_checkpoint(TRUNCATE)"); // no text that was taken back is left there
       db.close();
       lock?.close();
     };
@@ -809,49 +803,50 @@ function openLocked({ db: path, sync }: Config): { db: Database; close: () => vo
   }
 }
 
-/** Opens the database for reading and writing, with its tables. @throws when that is not possible */
 function openDatabase(path: string, sync: Config["sync"]): Database {
   const db = new Database(path, { create: true, readwrite: true, strict: true });
   db.run("PRAGMA busy_timeout = 500");
   db.run("PRAGMA journal_mode = WAL");
-  db.run("PRAGMA wal_autocheckpoint = 4000"); // pages: 16 MB. A page that is written often is then copied once for many
+  db.run("PRAGMA wal_autocheckpoint = 4000"); // pages (16 MB): one that is written often is copied less often
   db.run(`PRAGMA synchronous = ${sync}`);
   db.run("PRAGMA secure_delete = ON"); // what was taken back is overwritten, not only unlinked
   db.run("CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)");
   db.run(`CREATE TABLE IF NOT EXISTS messages (
     room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
     PRIMARY KEY (room, seq)) WITHOUT ROWID`);
-  // These are the tables of version 1: a new file and one of that version are taken over alike.
+  // These are the tables of version 1: a new file and an old one are upgraded alike.
   const { user_version: version } = db.query("PRAGMA user_version").get() as { user_version: number };
   db.transaction(() => {
     const added = version < 2 ? ["sender TEXT", "removes INTEGER", "removed INTEGER"] : [];
     for (const column of added) db.run(`ALTER TABLE messages ADD COLUMN ${column}`);
-    db.run("PRAGMA user_version = 2"); // a write in any case: a read-only file or a full disk is found now
+    db.run("PRAGMA user_version = 2"); // always a write: finds a read-only file or a full disk
   }).immediate();
   return db;
 }
 
 // ─── Broker: Redis, for more than one server ─────────────────────────────────────────────────────────────────────────
 //
-// Keys, after CHAT_PREFIX:       state:<room>     hash: epoch, and the seq of the newest message
-//                                messages:<room>  list: the log as JSON; trimming does not move an index from its end
-//                                keys:<room>      hash: key → seq
-//                                data             a random name: another data set has another
-// Channels, after CHAT_PREFIX:   state:<room>     what was stored; who is in the room on a server; who types
-//                                servers          the servers' heartbeats
+// Keys, after CHAT_PREFIX:
+//   state:<room>     hash: epoch, and last seq
+//   messages:<room>  list: the log as JSON; an index from its end is not moved by trimming
+//   keys:<room>      hash: key → seq
+//   data             a random name of the data set
+// Channels, after CHAT_PREFIX:
+//   state:<room>     what was stored; who is here on a server; who types
+//   servers          heartbeats
 //
 // The log is the truth, the channel only the quick way to hear of it. A server delivers what it hears if that is exactly
 // what comes next; anything else is doubt (RULE 3).
 
-const RETRY_MS = 50; // between two tries to reach Redis: the first, and the longest
+const RETRY_MS = 50; // before the first try to reach Redis again; doubled until MAX_RETRY_MS
 const MAX_RETRY_MS = 1000;
-const HEARTBEAT_MS = 2000; // between two heartbeats of a server
-const SILENT_MS = 5000; // without a byte, after which a connection is given up: on each a heartbeat goes or comes
-const ALIVE_MS = 9000; // without a heartbeat, after which a server's people are gone
+const HEARTBEAT_MS = 2000;
+const SILENT_MS = 5000; // after which a connection is dead: each carries heartbeats
+const ALIVE_MS = 9000; // after a server's last sign of life, until its people are gone
 const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
 const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
-const KEEP_BEATS = 900; // after which an open room is given OPEN_SECONDS again
-const LOG_DIGITS = 16; // of an epoch: they name the log in Redis, those after them the run of Redis
+const KEEP_BEATS = 900; // until an open room is given OPEN_SECONDS again
+const LOG_DIGITS = 16; // of an epoch name the log, those after them the run of Redis
 
 /** What every script on a room begins with. KEYS: room, log, keys. */
 const SCRIPT_HEAD = `
@@ -862,10 +857,10 @@ local function expire(...) for _, name in ipairs(KEYS) do redis.call('EXPIRE', n
 `;
 
 /**
- * Stores posts and publishes them in one step, so that they are heard in the order of the log. ARGV: epoch, history,
- * seconds until an idle room expires; then of each post its key, the seq that it removes, whose messages its sender may
- * remove ("*": all), and its JSON after `{"seq":…,`. Returns nil if the log is another one; else of each post the seq
- * that it got, minus the seq that it had, or why it is refused.
+ * Stores posts and publishes them in one step, so that they are heard in the order of the log.
+ * ARGV: epoch, history, seconds until an idle room expires; of each post its key, the seq that it removes, whose
+ * messages its sender may remove ("*": all), and its JSON after `{"seq":…,`.
+ * Returns nil if the log is another one; of each post the seq that it got, minus the seq that it had, or the refusal.
  */
 const STORE_SCRIPT = `${SCRIPT_HEAD}
 if epoch ~= ARGV[1] then return false end
@@ -907,7 +902,7 @@ expire(ARGV[3])
 redis.call('PUBLISH', room, '{"epoch":"' .. epoch .. '","messages":[' .. table.concat(stored, ',') .. ']}')
 return answers`;
 
-/** ARGV: an epoch for a new room. Makes or keeps the room. Returns its epoch, last seq and length. */
+/** Makes or keeps a room. ARGV: an epoch for a new one. Returns its epoch, last seq and length. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
 if not epoch then
   epoch, last = ARGV[1], 0
@@ -918,27 +913,27 @@ end
 expire(${OPEN_SECONDS}, 'GT')
 return {epoch, last, redis.call('LLEN', log)}`;
 
-/** ARGV: epoch ("": any), from, to. Returns the messages, or nil if the log is another one. */
+/** ARGV: epoch ("": any), from, to. Returns nil if the log is another one. */
 const READ_SCRIPT = `${SCRIPT_HEAD}
 if ARGV[1] ~= '' and epoch ~= ARGV[1] then return false end
 return redis.call('LRANGE', log, math.max(ARGV[2] - last - 1, -redis.call('LLEN', log)), ARGV[3] - last - 1)`;
 
-/** Messages that were stored together; the epoch is the log's, without the run. */
-type Heard = { readonly room: Room; readonly epoch: string; readonly messages: Message[] };
+/** Messages that were stored together, and the epoch of their log, without the run. */
+type Heard = { room: Room; epoch: string; messages: Message[] };
 
 /** The two connections to a Redis: when either fails, both are replaced. */
 interface Link {
-  readonly commands: Bun.RedisClient;
-  readonly subscriber: Bun.RedisClient;
-  run: string; // names the process and its data set; part of every epoch, so that no log that lost something passes
+  commands: Bun.RedisClient;
+  subscriber: Bun.RedisClient;
+  run: string; // names the process and its data set; part of every epoch, so that a log that lost something is another
 }
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
 class RedisBroker implements Broker {
   readonly #server = randomHex(64); // this server's name among those that share the Redis
   #link: Link | undefined; // undefined while Redis is away
-  readonly #alive = new Map<string, number>(); // when there was last a sign of life of each server, on the monotonic clock
-  #beats = 0; // heartbeats of this server
+  readonly #alive = new Map<string, number>(); // the last sign of life of each server
+  #beats = 0;
   #storing = 0; // rooms whose posts are being stored
   readonly #gatherer = new Gatherer<Heard>((heard) => {
     for (const [room, some] of Map.groupBy(heard, (each) => each.room)) this.#deliver(room, some);
@@ -982,13 +977,14 @@ class RedisBroker implements Broker {
     this.#storing++;
     while (room.waiting.length > 0) {
       let characters = 0;
-      const end = room.waiting.findIndex(({ text }) => (characters += text.length) > GATHER_CHARACTERS);
+      const isTooMuch = ({ text }: Post) => (characters += text.length) > GATHER_CHARACTERS;
+      const end = room.waiting.findIndex((post, i) => i === STEP_MESSAGES || isTooMuch(post));
       try {
-        await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : Math.max(1, end)));
+        await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : end));
         this.rooms.outage(this, true, "Redis can be used again.");
       } catch (error) {
         this.rooms.outage(this, false, `Redis does not take posts: ${(error as Error).message}`);
-        room.waiting = []; // their senders send again, from the first post on
+        room.waiting = []; // their senders send them again
         this.rooms.lose(room, "The message could not be stored"); // RULE 3
       }
     }
@@ -996,7 +992,7 @@ class RedisBroker implements Broker {
     this.#storing--;
   }
 
-  /** Stores posts in one round trip. What is stored is delivered when it is heard of; the rest is answered here. */
+  /** Stores posts in one round trip, and answers the rest. What is stored is delivered when it is heard of. */
   async #store(room: Room, posts: Post[]): Promise<void> {
     const { config } = this.rooms;
     const args = [logEpoch(room), `${config.history}`, idleSeconds(config)];
@@ -1013,7 +1009,7 @@ class RedisBroker implements Broker {
     }
   }
 
-  /** Something was said on a room's channel: by the store script, or by a server. */
+  /** A text came on a room's channel: from the store script, or from a server. */
   #hear(room: Room, text: string): void {
     const { epoch, messages, server, here, typing } = JSON.parse(text) as Partial<Heard> & Notice & { server?: string };
     if (epoch && messages) return this.#gatherer.add({ room, epoch, messages }, text.length);
@@ -1027,7 +1023,7 @@ class RedisBroker implements Broker {
 
   /** Delivers what was heard of a room, if it is exactly what comes next. */
   #deliver(room: Room, heard: Heard[]): void {
-    if (room.state === "opening") return void room.early.push(...heard); // until it is known what comes next
+    if (room.state === "opening") return void room.early.push(...heard);
     if (room.state === "closed") return;
     const next: Message[] = [];
     for (const { epoch, messages } of heard) {
@@ -1035,7 +1031,7 @@ class RedisBroker implements Broker {
       for (const message of messages) {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was not heard`); // RULE 3
-        if (message.seq === seq) next.push(message); // a lower one was in the log when the room was opened
+        if (message.seq === seq) next.push(message); // lower: it was in the log when the room was opened
       }
     }
     // RULE 1: no await since `last` was read.
@@ -1069,7 +1065,7 @@ class RedisBroker implements Broker {
 
   // ── The link ──
 
-  /** Keeps the link, for ever: when a connection fails, both are replaced, and every room is lost. */
+  /** When a connection fails, replaces both, and loses every room. */
   async #keepLink(tried: () => void): Promise<void> {
     for (let retry = RETRY_MS; !this.#isStopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
       const link: Link = { commands: connectRedis(this.url), subscriber: connectRedis(this.url), run: "" };
@@ -1081,7 +1077,7 @@ class RedisBroker implements Broker {
         this.rooms.outage(this, true, "Redis can be used again.");
         retry = RETRY_MS;
         tried();
-        for (;;) {
+        while (!this.#isStopped) {
           await this.#beat(link);
           await sleep(HEARTBEAT_MS, undefined, fault);
         }
@@ -1109,14 +1105,14 @@ class RedisBroker implements Broker {
     await subscriber.subscribe(`${prefix}servers`, (server) => void this.#alive.set(server, performance.now()));
   }
 
-  /** Names the Redis process and its data set as they are now. */
+  /** Names the Redis process and its data set. */
   async #readRun({ commands }: Link): Promise<string> {
     const asked = [commands.send("INFO", ["server"]), commands.send("GET", [`${this.rooms.config.prefix}data`])];
     const [info, data] = (await Promise.all(asked)) as [string, string | null];
     return sha256(`${/run_id:(\w+)/.exec(info)?.[1]} ${data}`, "hex").slice(0, 12);
   }
 
-  /** Says that this server lives; finds out who else does, and whether Redis is the same. */
+  /** Tells that this server is alive; checks whether Redis is the same, and who else is alive. */
   async #beat(link: Link): Promise<void> {
     await link.commands.publish(`${this.rooms.config.prefix}servers`, this.#server);
     if ((await this.#readRun(link)) !== link.run) throw new Error("it has lost something, or is another one");
@@ -1130,7 +1126,6 @@ class RedisBroker implements Broker {
     for (const key of keys) link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
   }
 
-  /** Its open rooms. */
   #rooms(): Room[] {
     return [...this.rooms.open.values()].filter((room) => room.broker === this);
   }
@@ -1146,10 +1141,9 @@ class RedisBroker implements Broker {
   }
 }
 
-/** The part of a room's epoch that its log in Redis has. */
 const logEpoch = ({ epoch }: Room) => epoch.slice(0, LOG_DIGITS);
 
-/** A room's keys, as {@link SCRIPT_HEAD} takes them. The first also names its channel. */
+/** A room's keys, as {@link SCRIPT_HEAD} takes them; the first also names its channel. */
 function roomKeys({ prefix }: Config, room: string): [state: string, messages: string, keys: string] {
   return [`${prefix}state:${room}`, `${prefix}messages:${room}`, `${prefix}keys:${room}`];
 }
@@ -1157,15 +1151,11 @@ function roomKeys({ prefix }: Config, room: string): [state: string, messages: s
 /** Seconds until an idle room expires; never is 100 years. */
 const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
 
-/** A connection that is replaced, never made again in place. */
 function connectRedis(url: string, idleTimeout = SILENT_MS): Bun.RedisClient {
   return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
 }
 
-/**
- * The place in the list of the Redis that keeps a room: the highest hash of room and address wins (rendezvous hashing).
- * So the order of the list does not matter, and one more Redis takes only its share of the rooms.
- */
+/** Rendezvous hashing: a room lives on the Redis with the highest hash, so one more takes only its share of the rooms. */
 function homeOf(room: string, urls: readonly string[]): number {
   const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
   return hashes.reduce((best, hash, i) => (hash > (hashes[best] as string) ? i : best), 0);
@@ -1173,26 +1163,26 @@ function homeOf(room: string, urls: readonly string[]): number {
 
 // ─── Out: deliver; who comes and goes ────────────────────────────────────────────────────────────────────────────────
 
-/** A hello without what is said to one client alone; and the last seq that it covers. */
-type Hello = { readonly last: number; readonly json: string };
+/** The part of a hello that is the same for every client; and the last seq in it. */
+type Hello = { last: number; json: string };
 
-/** The open rooms: gives what is stored to everyone, lets members in and out, loses rooms. */
+/** The open rooms. */
 class Rooms {
-  server!: Server; // this and the next two are made by `startChat`
+  server!: Server; // set by `startChat`, as the next two
   inbox!: Inbox;
   brokerOf!: (room: string) => Broker;
-  readonly open = new Map<string, Room>(); // the rooms that somebody is in, by name
+  readonly open = new Map<string, Room>(); // by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
-  readonly #outages = new Set<Broker>(); // stores that fail
+  readonly #outages = new Set<Broker | string>(); // stores that fail, and names of rooms that cannot be read
 
   constructor(
     readonly config: Config,
     readonly log: Logger,
   ) {}
 
-  /** Sends stored messages, which come in order and without a gap, to everyone in the room. */
+  /** Sends stored messages to everyone in the room: in order, and without a gap. */
   deliver(room: Room, messages: Message[]): void {
-    // RULE 1: no await since SQLite has committed them, or Redis has notified of them.
+    // RULE 1: no await since the commit (Redis: the notification).
     this.#hellos.delete(room);
     for (const missed of room.pendingJoins) missed.push(...messages);
     if (this.server.subscriberCount(room.chatTopic) > 0) this.publish(room, { type: "messages", messages });
@@ -1228,14 +1218,15 @@ class Rooms {
   unreadable(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
     const isKnown = this.#outages.has(room.broker);
-    this.log(isKnown ? "debug" : "error", `The log of ${room} cannot be read: ${message}`);
+    if (!isKnown) this.outage(room.name, false, `The log of ${room} cannot be read: ${message}`);
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
-  /** Logs that a store fails, once until it works again. */
-  outage(broker: Broker, isOver: boolean, line: string): void {
-    if (isOver ? this.#outages.delete(broker) : !this.#outages.has(broker)) this.log("error", line);
-    if (!isOver) this.#outages.add(broker);
+  /** Logs that a store or a room fails, once until it works again. */
+  outage(what: Broker | string, isOver: boolean, line: string): void {
+    if (isOver ? this.#outages.delete(what) : !this.#outages.has(what)) this.log("error", line);
+    if (!isOver) this.#outages.add(what);
+    dropOldest(this.#outages, MAX_BUCKETS);
   }
 
   #close(room: Room): void {
@@ -1273,7 +1264,8 @@ class Rooms {
     room.pendingJoins.add(missed);
     const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
     room.pendingJoins.delete(missed);
-    // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
+    this.#outages.delete(room.name);
+    // RULE 2: no await from here to `subscribe`. What was delivered since the log was read is in `missed`.
     if (member.state === "joining") {
       if (hello) {
         const role = this.config.operator === "" ? undefined : visitor.role;
@@ -1284,7 +1276,7 @@ class Rooms {
       }
       ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
       member.state = "here";
-      room.presence = ""; // the new member has not seen it, even if it stays the same
+      room.presence = ""; // the new member has not seen it
       this.presenceChanged(room);
       this.log("info", `${visitor.address} joined ${room} (${visitor.isChat ? member.name : "plain"})`);
     }
@@ -1292,7 +1284,7 @@ class Rooms {
     if (member.state === "gone") this.#release(member);
   }
 
-  /** The hello with what a client missed, if it can resume; else the newest one. */
+  /** The hello with what a client missed, if it can resume; else the newest page. */
   async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
     const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
     const count = room.last - from + 1;
@@ -1313,7 +1305,7 @@ class Rooms {
     const { epoch, last } = room;
     const first = firstKept(room, this.config);
     const messages = await room.broker.read(room, from, last);
-    const resumed = isResume && messages.length === last - from + 1; // or what it missed is too long for one frame
+    const resumed = isResume && messages.length === last - from + 1; // else it missed more than a frame holds
     if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
     const limits = { text: MAX_TEXT, name: MAX_NAME };
     return { last, json: JSON.stringify({ epoch, first, last, resumed, messages, limits }) };
@@ -1326,12 +1318,12 @@ class Rooms {
     if (!room) return; // it never entered
     clearTimeout(member.draining);
     member.state = "gone";
-    if (state === "joining") return; // what it has sent is stored when the room is open
+    if (state === "joining") return; // what it sent is stored when the room is open
     if (state === "here") this.log("info", `${member.visitor.address} left ${room} (${code})`);
     this.#release(member);
   }
 
-  /** Nothing of a member is left to do. The last one closes the room. */
+  /** Nothing of a member is left to do. The last member closes the room. */
   #release(member: Member): void {
     const { room } = member;
     room.members.delete(member);
@@ -1341,7 +1333,7 @@ class Rooms {
 
   // ── Presence ──
 
-  /** Sends presence at once when the last one is a second past, else when it is. */
+  /** Sends presence, at most once in {@link PRESENCE_MS}. */
   presenceChanged(room: Room): void {
     if (room.state === "closed") return;
     const wait = room.presenceAt + PRESENCE_MS - performance.now();
@@ -1366,7 +1358,7 @@ class Rooms {
 
   // ── Dead peers, and the end ──
 
-  /** Pings silent connections, ends those that stay so. (Bun's own timer is put off by what is sent.) */
+  /** Pings silent connections, and ends those that stay so. (Whatever is sent puts off Bun's idle timer.) */
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
     for (const { ws, heardAt } of this.#members()) {
@@ -1376,7 +1368,6 @@ class Rooms {
     }
   }
 
-  /** Closes every socket with 1001. What was delivered goes out before the Close frame. */
   closeAll(): void {
     for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
   }
@@ -1388,7 +1379,7 @@ class Rooms {
 
 function whoIsHere({ members }: Room): Here {
   const ids = new Set<string>();
-  const people = new Map<string | Member, Person>(); // by id, so that several tabs of a person are one
+  const people = new Map<string | Member, Person>(); // several tabs of a person are one
   let nameless = 0;
   for (const member of members) {
     if (member.state !== "here") continue;
@@ -1413,18 +1404,18 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
   return allowed.some((entry) => (entry.includes("://") ? URL.parse(entry)?.origin === url.origin : isHost(entry)));
 }
 
-/** The address that a request comes from, seen past as many proxies as are trusted. */
+/** The address of a client, behind as many proxies as are trusted. */
 function addressOf(request: Request, server: Server, proxies: number): string {
-  const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 that came to an IPv6 socket
+  const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 at an IPv6 socket
   if (proxies === 0) return socket;
-  // Each proxy appends the address that it saw: counted from the right, what a client made up is not reached.
+  // Each proxy appends the address that it saw: what a client made up stands to the left of them.
   const forwarded = splitList(request.headers.get("x-forwarded-for") ?? "");
   const address = forwarded[Math.max(0, forwarded.length - proxies)] ?? "";
-  // Some proxies add the port too: another for each connection.
+  // Some proxies add the port, which differs for each connection.
   return /^(?:\[(.+)\]|([\d.]+))(?::\d+)?$/.exec(address)?.slice(1).find(Boolean) ?? (address || socket);
 }
 
-/** The network of an address: of IPv6 the first 64 bits, which one subscriber has; `""`: this machine. */
+/** The network of one subscriber: of IPv6 the first 64 bits. `""` is this machine. */
 function networkOf(address: string): string {
   if (address === "::1" || /^127\.[\d.]+$/.test(address)) return "";
   if (!address.includes(":") || address.includes(".")) return address;
@@ -1438,45 +1429,41 @@ function cookieOf(request: Request, name: string): string | undefined {
   return (cookies && new Bun.CookieMap(cookies).get(name)) || undefined;
 }
 
-/** A `Set-Cookie` for this host, unseen by scripts; `Secure` if the browser came by TLS, to the server or to a proxy. */
+/** A `Set-Cookie` that scripts do not see; `Secure` if the browser came by TLS, to the server or to a proxy. */
 function setCookie(cookie: string, request: Request, { proxies, tlsCert }: Config): string {
   const isForwarded = proxies > 0 && request.headers.get("x-forwarded-proto") === "https";
   return `${cookie}; Path=/; HttpOnly${tlsCert !== "" || isForwarded ? "; Secure" : ""}`;
 }
 
-/** The cookie of 128 random bits from which a browser has its ids. */
 const IDENTITY_COOKIE = "chat-me";
 
-/** A new identity. Lax, because a page that is opened by a link from elsewhere must keep it. */
+/** Lax, because a page that is opened by a link from elsewhere must keep its identity. */
 const newIdentity = () => `${IDENTITY_COOKIE}=${randomHex(128)}; Max-Age=${IDENTITY_SECONDS}; SameSite=Lax`;
 
-/** The id of a browser in a room: the same for ever, another in other rooms, not to be had without the cookie. */
+/** The id of a browser in a room: always the same, another in other rooms, nobody's without the cookie. */
 function idOf(request: Request, room: string): string | undefined {
   const cookie = cookieOf(request, IDENTITY_COOKIE);
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
 }
 
-type Password = { readonly role: Role; readonly password: string; readonly key: Buffer };
+type Password = { role: Role; password: string; key: Buffer };
 
 /**
- * Asks for a password, where there is one: by a session cookie, which `login` gives, or `Authorization: Bearer`. The
- * cookie holds a role and its end, signed; nothing of it is stored, and another password ends it.
+ * Lets in who has the password: by a session cookie, which `login` gives, or `Authorization: Bearer`. The cookie holds
+ * a role and its end, signed; nothing is stored, and a new password ends it.
  */
 class Access {
-  readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // wrong passwords of both kinds, by address
-  /** With what signs their cookies: made slowly, so that a stolen one is no quick way to the password. */
+  readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
+  /** Their keys sign cookies: made slowly, so that a stolen cookie is no quick way to the password. */
   readonly #passwords: Password[] = [];
 
   constructor(readonly config: Config) {
-    for (const [role, password] of [
-      ["operator", config.operator],
-      ["guest", config.password],
-    ] as [Role, string][]) {
+    const { operator, password: guest } = config;
+    for (const [role, password] of Object.entries({ operator, guest }) as [Role, string][]) {
       if (password) this.#passwords.push({ role, password, key: scryptSync(password, "chat session", 32) });
     }
   }
 
-  /** Whether there is a password. */
   get asks(): boolean {
     return this.#passwords.length > 0;
   }
@@ -1500,7 +1487,7 @@ class Access {
     const { config } = this;
     if (!originAllowed(request.headers, config.origins)) return refuse(403, "Pages of this origin may not log in.");
     const given = new URLSearchParams(await request.text()).get("password") ?? "";
-    // No await from here on: tries that come at the same time are counted one after the other.
+    // No await from here on, so that every try is counted before the next.
     const found = this.#try(given, request, server);
     if (found instanceof Response) return found;
     const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
@@ -1509,7 +1496,7 @@ class Access {
     return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
   }
 
-  /** The password that was given, or the refusal. An address that guesses must wait. */
+  /** An address that guesses must wait. */
   #try(given: string, request: Request, server: Server): Password | Response {
     const network = networkOf(addressOf(request, server, this.config.proxies));
     const wait = Math.ceil(this.wrong.wait(network) / 1000);
@@ -1533,15 +1520,14 @@ const isEqual = (key: Buffer, given: string, right: string) =>
 
 /** A running chat. */
 export interface Chat {
-  /** The address to open, with the port that was taken; ends with a slash. */
-  readonly url: string;
-  /** Stores and delivers what was taken, closes sockets with 1001, and the store. Takes at most 3 s. */
+  readonly url: string; // the address to open, with a slash at its end
+  /** Stores and delivers what was received, then closes the sockets with 1001, and the store: within 3 s. */
   stop(): Promise<void>;
 }
 
 /**
  * Starts a chat.
- * @param overrides what differs from the defaults; it is not checked
+ * @param overrides of the defaults; they are not checked
  * @throws StartError when the store cannot be opened, or the server cannot listen
  */
 export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
@@ -1571,7 +1557,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     clearInterval(sweeping);
     await Promise.all(brokers.map((broker) => broker.drain()));
     rooms.closeAll();
-    await Promise.race([closed, Bun.sleep(CLOSE_MS)]); // whoever has not answered by then is cut
+    await Promise.race([closed, Bun.sleep(CLOSE_MS)]); // then cuts who has not answered
     for (const broker of brokers) broker.stop();
     void server.stop(true);
   };
@@ -1581,7 +1567,6 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   return { url, stop: () => (stopped ??= stop()) };
 }
 
-/** What the server does with requests and sockets. */
 function makeHandlers(rooms: Rooms, access: Access) {
   const { config, log } = rooms;
   const page = makePage(pageSource as unknown as string, config); // bun-types takes every .html import for a bundle
@@ -1600,8 +1585,8 @@ function makeHandlers(rooms: Rooms, access: Access) {
       backpressureLimit: BACKPRESSURE_BYTES,
       closeOnBackpressureLimit: true,
       sendPings: false, // `checkSilence` sends them
-      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for sockets that are closing, and are in no room any more
-      perMessageDeflate: false, // it would cost each message more time than it saves, and each socket its window
+      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for closing sockets, which are in no room any more
+      perMessageDeflate: false, // costs more time than it saves, and each socket a window
       open: (ws: Socket) => rooms.enter(ws),
       message: (ws: Socket, data: string | Buffer) => rooms.inbox.receive(ws, data),
       ping: isHeard,
@@ -1615,11 +1600,11 @@ function makeHandlers(rooms: Rooms, access: Access) {
   };
 }
 
-/** Listens on the configured address. @throws StartError when that is not possible, or a TLS file is bad */
+/** @throws StartError when the address is taken or not this machine's, or a TLS file is bad */
 function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
-  const reusePort = config.reusePort === "1"; // stated, as Bun would else share the port when `development` is false
+  const reusePort = config.reusePort === "1"; // always set: Bun's default is true when `development` is false
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
@@ -1635,7 +1620,7 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
   }
 }
 
-/** Lets a WebSocket in, or says why not: a ladder of guards, each with its status and its sentence. */
+/** Upgrades to a WebSocket: a ladder of guards, each with its status and sentence. */
 function handshake(request: Request, url: URL, server: Server, access: Access): Response | undefined {
   const { headers } = request;
   const { config } = access;
@@ -1645,9 +1630,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   if (headers.get("sec-websocket-version") !== "13") {
     return refuse(426, "The WebSocket version is 13.", { "Sec-WebSocket-Version": "13" }); // RFC 6455 section 4.2.2
   }
-  if (!originAllowed(headers, config.origins)) {
-    return refuse(403, "Pages of this origin may not connect; CHAT_ORIGINS lists those that may.");
-  }
+  if (!originAllowed(headers, config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
   const roomName = roomOf(url.pathname.slice("/ws/".length));
   if (roomName === undefined) {
     return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
@@ -1657,7 +1640,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   if (offered !== null && !isChat) return refuse(400, "The subprotocol is chat.v1, or none.");
   const role = access.check(request, server);
   const isRefused = role instanceof Response;
-  // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
+  // A page cannot see why a handshake is refused. So a browser is let in, and told by the Close frame.
   if (isRefused && !isChat) return role;
   const query = url.searchParams;
   const name = cleanName(query.get("name") ?? "Guest");
@@ -1674,7 +1657,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
     resume: epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined,
   });
   if (isRefused) data.state = "refused";
-  // A browser that offers a subprotocol and is answered none closes the connection: the WHATWG WebSockets standard.
+  // A browser that offers a subprotocol fails when it is answered none: the WHATWG WebSockets standard.
   if (server.upgrade(request, { data, headers: isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} }))
     return undefined;
   return refuse(400, "The WebSocket handshake is not complete.");
@@ -1686,17 +1669,17 @@ function refuse(status: number, sentence: string, headers: Record<string, string
   return new Response(`${sentence}\n`, { status, headers: { ...type, ...headers } });
 }
 
-/** Answers every path outside `/ws/` with the page. Its headers and its compressed form are made once. */
+/** Answers with the page, whose headers and compressed form are made once. */
 function makePage(html: string, config: Config): (request: Request) => Response {
   const plain = new TextEncoder().encode(html);
-  const compressed = Bun.gzipSync(plain, { library: "libdeflate", level: 10 }); // 10 ms, once, for 5 % less each time
+  const compressed = Bun.gzipSync(plain, { library: "libdeflate", level: 10 }); // 10 ms, for 5 % less
   const etag = `W/"${sha256(html, "hex").slice(0, 32)}"`; // weak: one for both forms
   const fixed = {
     "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": contentSecurityPolicy(html),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    // Asked for each time, for a 304. Private: no cache may give two people one identity.
+    // The browser asks each time, and gets a 304. Private: no cache may give two people one identity.
     "Cache-Control": "private, no-cache",
     Vary: "Accept-Encoding",
     ETag: etag,
@@ -1717,7 +1700,7 @@ function makePage(html: string, config: Config): (request: Request) => Response 
   };
 }
 
-/** The page runs its one script and its one style, and nothing from elsewhere. CSP Level 3. */
+/** Allows the page its one script, its one style, and nothing from elsewhere. */
 function contentSecurityPolicy(html: string): string {
   const hash = (tag: string) =>
     `'sha256-${sha256(new RegExp(`<${tag}>([^]*?)</${tag}>`).exec(html)?.[1] ?? "", "base64")}'`;
@@ -1728,13 +1711,13 @@ function contentSecurityPolicy(html: string): string {
 
 // ─── Moving: export and import ───────────────────────────────────────────────────────────────────────────────────────
 
-/** A line of an export: a message, and the room it stands in. */
+/** A line of an export. */
 type Line = Message & { room: string };
 
 const EXPORT_ALL = `SELECT rooms.name AS room, ${COLUMNS} FROM rooms JOIN messages ON room = id
   WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`;
 
-/** The kept messages of every room, room by room. A server on the same store is not disturbed. @throws StartError */
+/** The kept messages, room by room. A server on the same store is not disturbed. @throws StartError */
 export async function* exportMessages(config: Config): AsyncGenerator<Line> {
   for (const url of config.redisUrls) yield* exportRedis(url, config);
   if (config.redisUrls.length > 0) return;
@@ -1766,7 +1749,7 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
   redis.close();
 }
 
-/** Reads an export and checks all of it, so that a broken one changes nothing. @throws StartError with the line's number */
+/** Checks all of an export, so that a broken one changes nothing. @throws StartError with the line's number */
 function readExport(text: string): Map<string, Line[]> {
   const rooms = new Map<string, Line[]>();
   for (const [i, json] of text.split("\n").entries()) {
@@ -1785,7 +1768,7 @@ function readExport(text: string): Map<string, Line[]> {
   return rooms;
 }
 
-/** A line of an export, with the fields of one and no others. @throws what is wrong with it */
+/** A line with the fields of one and no others. @throws what is wrong with it */
 function checkedLine(line: Partial<Line>): Line {
   const { room = "", seq = 0, at = NaN, name = "", from, text = "", removes, removed, key } = line;
   const isText = (value: unknown, form: RegExp) =>
@@ -1818,12 +1801,12 @@ export async function importMessages(config: Config, text: string): Promise<stri
 /** Refused while a server runs on the file, which would not learn of it. */
 function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
   const { db, close } = openLocked(config);
-  const insert = db.query(INSERT_MESSAGE);
+  const insert: Statement = db.query(INSERT_MESSAGE);
   const isTaken = db.transaction((room: string, lines: Line[]) => {
     if (db.query("SELECT 1 FROM rooms WHERE name = ?").get(room)) return false;
     const { lastInsertRowid: id } = db.query(INSERT_ROOM).run(room, randomHex(64));
-    for (const { seq, at, name, from = null, text, removes = null, removed, key = null } of lines) {
-      insert.run(id, seq, at, name, from, text, removes, removed ? 1 : null, key);
+    for (const { seq, at, name, from, text, removes, removed, key } of lines) {
+      insert.run(id, seq, at, name, from, text, removes, removed, key);
     }
     return true;
   });
@@ -1861,7 +1844,7 @@ async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<
 
 // ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Does what the command line asks, with settings from the environment. @throws StartError when it asks for something else */
+/** Does what the command line asks. @throws StartError when it asks for something else */
 export async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "--help" || command === "-h") return console.log(help());
   if (command === "--version" || command === "-v") return console.log(version);
@@ -1905,13 +1888,7 @@ async function printExport(config: Config): Promise<void> {
 /** Serves until SIGTERM or SIGINT. */
 async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
-  const log = makeLogger(config.logLevel);
-  log("info", `The chat is open: ${chat.url}`);
-  // For whoever started it in a terminal: the addresses at which others reach this machine.
-  const addresses = Object.values(networkInterfaces()).flatMap((all) => all ?? []);
-  for (const { internal, family, address } of config.host === "" && process.stdout.isTTY ? addresses : []) {
-    if (!internal && family === "IPv4") log("info", `       for others: ${chat.url.replace("localhost", address)}`);
-  }
+  makeLogger(config.logLevel)("info", `The chat is open: ${chat.url}`);
   const stop = () => void chat.stop().then(() => process.exit(0));
   process.on("SIGTERM", stop);
   process.on("SIGINT", stop);
