@@ -1,6 +1,6 @@
 /// <reference types="bun-types" />
 /**
- * A chat server in one file, to be read from top to bottom. A message passes through it in the order of the file:
+ * A chat server in one file. A message passes through it from top to bottom:
  *
  *    socket ── text frame ──▶ receive     parses the frame and checks its size
  *                                │
@@ -17,10 +17,10 @@
  *   RULE 1  Never await between the commit (Redis: the notification) and publish: the order stored is the order seen.
  *   RULE 2  Never await between the last replayed message and `ws.subscribe`: nobody joins into a gap.
  *   RULE 3  In doubt, lose the room: close its sockets with 1013 and forget it. Clients resume exactly, so this is the
- *           only recovery; nothing here repairs, bridges or catches up.
+ *           only recovery.
  *
  * Two dialects meet in every room. "Plain" sockets exchange bare texts; those with the subprotocol `chat.v1` the JSON
- * objects typed below: they get names, history, presence, and every message with its place in the log.
+ * objects typed below: names, history, presence, and every message with its seq.
  */
 import { Database, type Statement } from "bun:sqlite";
 import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
@@ -101,8 +101,7 @@ export type ServerFrame =
       messages: Message[];
       limits: { text: number; name: number };
     }
-  | { type: "messages"; messages: Message[] }
-  | { type: "page"; messages: Message[] }
+  | { type: "messages" | "page"; messages: Message[] }
   | { type: "ack"; key: string; seq: number }
   | { type: "presence"; count: number; people: Person[] }
   | { type: "typing"; name: string }
@@ -137,7 +136,6 @@ export type ErrorCode = keyof typeof ERRORS;
 
 /** Close codes of RFC 6455, the IANA registry (1013) and the private range (4401). */
 const CLOSE = { goingDown: 1001, binary: 1003, protocol: 1008, tooBig: 1009, bug: 1011, tryAgain: 1013, login: 4401 };
-
 const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
 const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
@@ -170,6 +168,7 @@ const badFrame = (text: string) => errorFrame("bad-frame", "", text);
 const isSeq = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 1;
 /** A frame as JSON; fields that are undefined are left out. */
 const encode = (frame: ServerFrame) => JSON.stringify(frame);
+const PONG = encode({ type: "pong" });
 /** A UTF-16 unit takes one to three bytes of UTF-8. */
 const isTooLong = (text: string) => text.length * 3 > MAX_TEXT && Buffer.byteLength(text) > MAX_TEXT;
 /** A name as it is shown, or undefined when it cannot be given. */
@@ -343,11 +342,11 @@ interface Visitor {
   resume: { epoch: string; after: number } | undefined; // where it left off
 }
 
-type MemberState =
-  | "joining" // its frames wait in the queue until its hello is out
-  | "here" // it gets every message of its room
-  | "refused" // it was sent away: without a password, or because its room was lost
-  | "gone"; // its socket is closed
+/**
+ * Joining: its frames wait in the queue until its hello is out. Here: it gets every message of its room. Refused: it
+ * was sent away, without a password, or because its room was lost. Gone: its socket is closed.
+ */
+type MemberState = "joining" | "here" | "refused" | "gone";
 
 /** One connection, as `ws.data`. */
 class Member {
@@ -367,12 +366,11 @@ class Member {
   ) {}
 }
 
-/** Who is in a room on one server. */
-interface Here {
-  ids: string[]; // each once
-  nameless: number; // sockets without an id
-  people: Person[]; // those of chat.v1, at most PRESENCE_PEOPLE
-}
+/**
+ * Who is in a room on one server: each id once, the number of sockets without one, and of those who speak chat.v1 at
+ * most PRESENCE_PEOPLE.
+ */
+type Here = { ids: string[]; nameless: number; people: Person[] };
 
 /** A room while somebody is in it. */
 class Room {
@@ -410,8 +408,6 @@ class Room {
 
 // ─── In: receive and pace ────────────────────────────────────────────────────────────────────────────────────────────
 
-const PONG = encode({ type: "pong" });
-
 /** Takes the frames of all sockets, at each sender's rate. */
 class Inbox {
   isStopping = false;
@@ -425,15 +421,12 @@ class Inbox {
     this.addresses = new TokenBuckets({ perSecond, burst: perSecond * BURST_SECONDS });
   }
 
-  /** A frame arrived. */
   receive(ws: Socket, data: string | Buffer): void {
     const member = ws.data;
     member.heardAt = performance.now();
     if (ws.readyState !== WebSocket.OPEN) return; // it came with a frame that closed the connection
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
-    const frame: ClientFrame | ErrorFrame = member.visitor.isChat
-      ? parseFrame(data)
-      : { type: "post", key: "", text: data };
+    const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
     // A ping passes the queue, or a client that is slowed would take its connection for dead.
     if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
     this.pace(member, frame, data.length);
@@ -499,7 +492,6 @@ class Inbox {
     if (type === "name") return this.#rename(member, frame.name);
     if (type === "typing") this.#typing(member);
     else member.ws.send(PONG);
-    return undefined;
   }
 
   /** Hands a post to the broker, or the removal of a message. */
@@ -547,15 +539,12 @@ const firstKept = (room: Room, { history }: Config) => Math.max(room.first, room
 // ─── Brokers: append ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** A post, or a removal, on its way to the log. */
-interface Post extends Omit<Message, "seq" | "removed"> {
-  room: Room;
-  sender: Member;
-}
+type Post = Omit<Message, "seq" | "removed"> & { room: Room; sender: Member };
 
 /** The seq of the message that a post already is, or why it is refused. */
 type Answer = number | "gone" | "not-yours";
 
-/** What a server tells the others of a room: who is there, who types; or it asks who is there, by nothing. */
+/** What a server tells the others of a room: who is there, or who types. An empty one asks who is there. */
 type Notice = { here?: Here; typing?: string };
 
 /** Keeps the logs of rooms. In doubt, it loses a room. */
@@ -578,7 +567,7 @@ interface Broker {
 
 /** Batches items under load; one that comes after {@link GATHER_MS} of quiet is handled at once. */
 class Gatherer<Item> {
-  #items: Item[] = [];
+  readonly #items: Item[] = [];
   #characters = 0;
   #timer: Timer | undefined;
   #doneAt = -Infinity; // when the last batch was handled
@@ -598,8 +587,7 @@ class Gatherer<Item> {
     clearTimeout(this.#timer);
     this.#timer = undefined;
     if (this.#items.length === 0) return;
-    const items = this.#items;
-    this.#items = [];
+    const items = this.#items.splice(0);
     this.#characters = 0;
     this.handle(items);
     this.#doneAt = performance.now();
@@ -611,7 +599,8 @@ function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
   let bytes = 0;
   for (const message of newestFirst) {
-    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2; // as sent: a control character takes six bytes
+    // As sent: a control character takes six bytes.
+    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2;
     if (bytes > PAGE_BYTES && messages.length > 0) break;
     messages.push(message);
   }
@@ -640,7 +629,6 @@ function messageOf(row: Row): Message {
 class SqliteBroker implements Broker {
   readonly #db: Database;
   readonly #close: () => void;
-  readonly #insert: Statement;
   readonly #select: Statement<Row, [number, number, number]>;
   readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // all, or none
   readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
@@ -652,7 +640,6 @@ class SqliteBroker implements Broker {
     const { db, close } = openLocked(rooms.config);
     this.#db = db;
     this.#close = close;
-    this.#insert = db.query(INSERT_MESSAGE);
     this.#select = db.query(`SELECT ${COLUMNS} FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC`);
     this.#storeAll = db.transaction((posts: Post[]) => posts.map((post) => this.#store(post))).immediate;
   }
@@ -664,9 +651,11 @@ class SqliteBroker implements Broker {
   }
 
   async open(room: Room): Promise<void> {
-    this.#gatherer.flush(); // clients who have just left this room may have posted
+    // Clients who have just left this room may have posted.
+    this.#gatherer.flush();
     const [found] = this.#db.query(FIND_ROOM).values(room.name) as [number, string, number, number][];
-    [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0]; // a visit alone leaves no trace
+    // A visit alone leaves no trace: the room is inserted with its first message.
+    [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0];
     room.state = "open";
   }
 
@@ -705,7 +694,7 @@ class SqliteBroker implements Broker {
     if (refusal) return refusal;
     if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
     const seq = ++room.last;
-    this.#insert.run(room.row, seq, at, name, from, text, removes, null, key);
+    this.#db.query<never, any[]>(INSERT_MESSAGE).run(room.row, seq, at, name, from, text, removes, null, key);
     if (key) room.keys?.set(key, seq);
     return { seq, ...post };
   }
@@ -717,7 +706,6 @@ class SqliteBroker implements Broker {
     if (role !== "operator" && !(from && target.from === from)) return "not-yours";
     if (target.removed) return seq;
     this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
-    return undefined;
   }
 
   /** Keys are kept in memory, because an index on them costs ten times the insert. */
@@ -749,7 +737,8 @@ class SqliteBroker implements Broker {
       try {
         const step = this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key, seq");
         for (const [key, seq] of step.values(room.row, room.first + STEP_MESSAGES) as [string, number][]) {
-          if (room.keys?.get(key) === seq) room.keys.delete(key); // else it was posted again, as a later message
+          // Unless the key was posted again, as a later message.
+          if (room.keys?.get(key) === seq) room.keys.delete(key);
         }
       } catch (error) {
         return this.rooms.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
@@ -766,7 +755,8 @@ class SqliteBroker implements Broker {
     try {
       for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
         id = room.id;
-        this.#gatherer.flush(); // a client that has just left may have posted
+        // A client that has just left may have posted.
+        this.#gatherer.flush();
         if (this.rooms.open.has(room.name)) continue;
         this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
         this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
@@ -790,7 +780,8 @@ function openLocked({ db: path, sync }: Config): { db: Database; close: () => vo
     }
     const db = openDatabase(path, sync);
     const close = () => {
-      db.run("PRAGMA wal_checkpoint(TRUNCATE)"); // no text that was taken back is left there
+      // No text that was taken back is left there.
+      db.run("PRAGMA wal_checkpoint(TRUNCATE)");
       db.close();
       lock?.close();
     };
@@ -807,9 +798,11 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   const db = new Database(path, { create: true, readwrite: true, strict: true });
   db.run("PRAGMA busy_timeout = 500");
   db.run("PRAGMA journal_mode = WAL");
-  db.run("PRAGMA wal_autocheckpoint = 4000"); // pages (16 MB): one that is written often is copied less often
+  // In pages: 16 MB. One that is written often is copied less often.
+  db.run("PRAGMA wal_autocheckpoint = 4000");
   db.run(`PRAGMA synchronous = ${sync}`);
-  db.run("PRAGMA secure_delete = ON"); // what was taken back is overwritten, not only unlinked
+  // What was taken back is overwritten, not only unlinked.
+  db.run("PRAGMA secure_delete = ON");
   db.run("CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)");
   db.run(`CREATE TABLE IF NOT EXISTS messages (
     room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
@@ -819,7 +812,8 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   db.transaction(() => {
     const added = version < 2 ? ["sender TEXT", "removes INTEGER", "removed INTEGER"] : [];
     for (const column of added) db.run(`ALTER TABLE messages ADD COLUMN ${column}`);
-    db.run("PRAGMA user_version = 2"); // always a write: finds a read-only file or a full disk
+    // Always a write: finds a read-only file or a full disk.
+    db.run("PRAGMA user_version = 2");
   }).immediate();
   return db;
 }
@@ -893,8 +887,7 @@ if #stored == 0 then return answers end
 redis.call('HSET', room, 'last', last)
 if length >= history + ${TRIM_TOGETHER} then
   for _, text in ipairs(redis.call('LRANGE', log, 0, -history - 1)) do
-    local key = cjson.decode(text).key
-    if key then redis.call('HDEL', keys, key) end
+    redis.call('HDEL', keys, cjson.decode(text).key or '')
   end
   redis.call('LTRIM', log, -history, -1)
 end
@@ -921,12 +914,11 @@ return redis.call('LRANGE', log, math.max(ARGV[2] - last - 1, -redis.call('LLEN'
 /** Messages that were stored together, and the epoch of their log, without the run. */
 type Heard = { room: Room; epoch: string; messages: Message[] };
 
-/** The two connections to a Redis: when either fails, both are replaced. */
-interface Link {
-  commands: Bun.RedisClient;
-  subscriber: Bun.RedisClient;
-  run: string; // names the process and its data set; part of every epoch, so that a log that lost something is another
-}
+/**
+ * The two connections to a Redis: when either fails, both are replaced. The run names the Redis process and its data
+ * set; it is part of every epoch, so that a log that has lost something is another one.
+ */
+type Link = { commands: Bun.RedisClient; subscriber: Bun.RedisClient; run: string };
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
 class RedisBroker implements Broker {
@@ -939,6 +931,8 @@ class RedisBroker implements Broker {
     for (const [room, some] of Map.groupBy(heard, (each) => each.room)) this.#deliver(room, some);
   });
   #isStopped = false;
+  readonly #rooms = () => [...this.rooms.open.values()].filter((room) => room.broker === this);
+  readonly #keys = (room: Room) => roomKeys(this.rooms.config, room.name);
 
   constructor(
     readonly url: string,
@@ -1031,7 +1025,8 @@ class RedisBroker implements Broker {
       for (const message of messages) {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was not heard`); // RULE 3
-        if (message.seq === seq) next.push(message); // lower: it was in the log when the room was opened
+        // A lower one was in the log when the room was opened.
+        if (message.seq === seq) next.push(message);
       }
     }
     // RULE 1: no await since `last` was read.
@@ -1047,14 +1042,16 @@ class RedisBroker implements Broker {
   }
 
   tell(room: Room, notice: Notice): void {
+    // Where a notice is lost, so is the room.
     const text = JSON.stringify({ server: this.#server, ...notice });
-    this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore); // where it is lost, so is the room
+    this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore);
   }
 
   async drain(): Promise<void> {
     const until = performance.now() + DRAIN_MS;
     while (this.#storing > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
-    await Bun.sleep(GATHER_MS); // what was stored is heard by now
+    // What was stored is heard by now.
+    await Bun.sleep(GATHER_MS);
     this.#gatherer.flush();
   }
 
@@ -1083,8 +1080,8 @@ class RedisBroker implements Broker {
         }
       } catch (error) {
         const { message } = fault.signal.aborted ? fault.signal.reason : error;
-        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}.`;
-        if (!this.#isStopped) this.rooms.outage(this, false, `${why} Trying again until it can.`);
+        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}. Trying again until it can.`;
+        if (!this.#isStopped) this.rooms.outage(this, false, why);
       }
       this.#link = undefined;
       link.commands.close();
@@ -1126,14 +1123,6 @@ class RedisBroker implements Broker {
     for (const key of keys) link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
   }
 
-  #rooms(): Room[] {
-    return [...this.rooms.open.values()].filter((room) => room.broker === this);
-  }
-
-  #keys(room: Room): ReturnType<typeof roomKeys> {
-    return roomKeys(this.rooms.config, room.name);
-  }
-
   /** Sent whole: Redis may have forgotten its hash. */
   async #run(script: string, room: Room, args: string[]): Promise<unknown> {
     if (!this.#link) throw new Error("Redis is away");
@@ -1142,17 +1131,14 @@ class RedisBroker implements Broker {
 }
 
 const logEpoch = ({ epoch }: Room) => epoch.slice(0, LOG_DIGITS);
+/** Seconds until an idle room expires; never is 100 years. */
+const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
+const connectRedis = (url: string, idleTimeout = SILENT_MS) =>
+  new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
 
 /** A room's keys, as {@link SCRIPT_HEAD} takes them; the first also names its channel. */
 function roomKeys({ prefix }: Config, room: string): [state: string, messages: string, keys: string] {
   return [`${prefix}state:${room}`, `${prefix}messages:${room}`, `${prefix}keys:${room}`];
-}
-
-/** Seconds until an idle room expires; never is 100 years. */
-const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
-
-function connectRedis(url: string, idleTimeout = SILENT_MS): Bun.RedisClient {
-  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
 }
 
 /** Rendezvous hashing: a room lives on the Redis with the highest hash, so one more takes only its share of the rooms. */
@@ -1174,6 +1160,7 @@ class Rooms {
   readonly open = new Map<string, Room>(); // by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
   readonly #outages = new Set<Broker | string>(); // stores that fail, and names of rooms that cannot be read
+  readonly #members = () => [...this.open.values()].flatMap(({ members }) => [...members]);
 
   constructor(
     readonly config: Config,
@@ -1276,7 +1263,8 @@ class Rooms {
       }
       ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
       member.state = "here";
-      room.presence = ""; // the new member has not seen it
+      // The new member has not seen it.
+      room.presence = "";
       this.presenceChanged(room);
       this.log("info", `${visitor.address} joined ${room} (${visitor.isChat ? member.name : "plain"})`);
     }
@@ -1288,9 +1276,8 @@ class Rooms {
   async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
     const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
     const count = room.last - from + 1;
-    if (from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES) {
-      return this.#makeHello(room, from, true);
-    }
+    const canResume = from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES;
+    if (canResume) return this.#makeHello(room, from, true);
     let newest = this.#hellos.get(room);
     if (!newest) {
       newest = this.#makeHello(room, Math.max(firstKept(room, this.config), room.last - PAGE_MESSAGES + 1), false);
@@ -1305,7 +1292,8 @@ class Rooms {
     const { epoch, last } = room;
     const first = firstKept(room, this.config);
     const messages = await room.broker.read(room, from, last);
-    const resumed = isResume && messages.length === last - from + 1; // else it missed more than a frame holds
+    // Else it missed more than a frame holds.
+    const resumed = isResume && messages.length === last - from + 1;
     if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
     const limits = { text: MAX_TEXT, name: MAX_NAME };
     return { last, json: JSON.stringify({ epoch, first, last, resumed, messages, limits }) };
@@ -1362,7 +1350,8 @@ class Rooms {
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
     for (const { ws, heardAt } of this.#members()) {
-      const silent = ws.isPaused ? 0 : performance.now() - heardAt; // while paused, its answers are not read
+      // While paused, its answers are not read.
+      const silent = ws.isPaused ? 0 : performance.now() - heardAt;
       if (silent >= silenceMs) ws.terminate();
       else if (silent >= silenceMs / 3) ws.ping();
     }
@@ -1371,22 +1360,16 @@ class Rooms {
   closeAll(): void {
     for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
   }
-
-  #members(): Member[] {
-    return [...this.open.values()].flatMap(({ members }) => [...members]);
-  }
 }
 
 function whoIsHere({ members }: Room): Here {
-  const ids = new Set<string>();
+  const here = [...members].filter(({ state }) => state === "here");
+  const ids = new Set(here.flatMap(({ visitor }) => visitor.from ?? []));
+  const nameless = here.filter(({ visitor }) => !visitor.from).length;
   const people = new Map<string | Member, Person>(); // several tabs of a person are one
-  let nameless = 0;
-  for (const member of members) {
-    if (member.state !== "here") continue;
-    const { from, isChat } = member.visitor;
-    if (from) ids.add(from);
-    else nameless++;
-    if (isChat && people.size < PRESENCE_PEOPLE) people.set(from ?? member, { name: member.name, from });
+  for (const member of here.filter(({ visitor }) => visitor.isChat)) {
+    const { from } = member.visitor;
+    if (people.size < PRESENCE_PEOPLE) people.set(from ?? member, { name: member.name, from });
   }
   return { ids: [...ids], nameless, people: [...people.values()] };
 }
@@ -1424,10 +1407,8 @@ function networkOf(address: string): string {
   return [...before, ...zeros, ...after].slice(0, 4).join(":");
 }
 
-function cookieOf(request: Request, name: string): string | undefined {
-  const cookies = request.headers.get("cookie");
-  return (cookies && new Bun.CookieMap(cookies).get(name)) || undefined;
-}
+const cookieOf = (request: Request, name: string) =>
+  new Bun.CookieMap(request.headers.get("cookie") ?? "").get(name) || undefined;
 
 /** A `Set-Cookie` that scripts do not see; `Secure` if the browser came by TLS, to the server or to a proxy. */
 function setCookie(cookie: string, request: Request, { proxies, tlsCert }: Config): string {
@@ -1436,7 +1417,6 @@ function setCookie(cookie: string, request: Request, { proxies, tlsCert }: Confi
 }
 
 const IDENTITY_COOKIE = "chat-me";
-
 /** Lax, because a page that is opened by a link from elsewhere must keep its identity. */
 const newIdentity = () => `${IDENTITY_COOKIE}=${randomHex(128)}; Max-Age=${IDENTITY_SECONDS}; SameSite=Lax`;
 
@@ -1456,16 +1436,14 @@ class Access {
   readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
   /** Their keys sign cookies: made slowly, so that a stolen cookie is no quick way to the password. */
   readonly #passwords: Password[] = [];
+  readonly isOpen: boolean; // nobody is asked
 
   constructor(readonly config: Config) {
     const { operator, password: guest } = config;
     for (const [role, password] of Object.entries({ operator, guest }) as [Role, string][]) {
       if (password) this.#passwords.push({ role, password, key: scryptSync(password, "chat session", 32) });
     }
-  }
-
-  get asks(): boolean {
-    return this.#passwords.length > 0;
+    this.isOpen = this.#passwords.length === 0;
   }
 
   /** The role in which a request may come in, or the refusal. */
@@ -1475,7 +1453,7 @@ class Access {
     const isSigned = owner && isEqual(owner.key, signature, hmac(owner.key, ends));
     if (isSigned && Number(ends) > Date.now() / 1000) return owner.role;
     const bearer = /^Bearer (.*)$/i.exec(request.headers.get("authorization") ?? "")?.[1];
-    if (bearer !== undefined && this.asks) {
+    if (bearer !== undefined && !this.isOpen) {
       const found = this.#try(bearer, request, server);
       return found instanceof Response ? found : found.role;
     }
@@ -1501,14 +1479,14 @@ class Access {
     const network = networkOf(addressOf(request, server, this.config.proxies));
     const wait = Math.ceil(this.wrong.wait(network) / 1000);
     if (wait > 0) return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${wait}` });
-    const [found] = this.#passwords.filter(({ key, password }) => isEqual(key, given, password)); // all are compared
+    // All are compared, so that the time tells nothing.
+    const [found] = this.#passwords.filter(({ key, password }) => isEqual(key, given, password));
     if (!found) this.wrong.take(network);
     return found ?? refuse(401, "The password is wrong.", BEARER);
   }
 }
 
 const BEARER = { "WWW-Authenticate": "Bearer" };
-
 /** With the port, since a browser keeps one jar for all the ports of a host. */
 const cookieName = ({ port }: Server) => `chat-${port}`;
 const hmac = (key: Buffer, text: string) => createHmac("sha256", key).update(text).digest("base64url");
@@ -1546,37 +1524,38 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     for (const broker of brokers) broker.stop();
     throw error;
   }
-  const { server } = rooms;
   const sweeping = setInterval(() => {
     rooms.checkSilence();
     for (const buckets of [inbox.senders, inbox.addresses, access.wrong]) buckets.forgetFull();
   }, config.silenceSeconds * 100);
   const stop = async () => {
-    const closed = server.stop(); // accepts no more; its sockets live on
+    const closed = rooms.server.stop(); // accepts no more; its sockets live on
     inbox.isStopping = true;
     clearInterval(sweeping);
     await Promise.all(brokers.map((broker) => broker.drain()));
     rooms.closeAll();
-    await Promise.race([closed, Bun.sleep(CLOSE_MS)]); // then cuts who has not answered
+    // Then cuts who has not answered.
+    await Promise.race([closed, Bun.sleep(CLOSE_MS)]);
     for (const broker of brokers) broker.stop();
-    void server.stop(true);
+    void rooms.server.stop(true);
   };
   let stopped: Promise<void> | undefined;
   const host = config.host.includes(":") ? `[${config.host}]` : config.host || "localhost";
-  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${server.port}/`;
+  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${rooms.server.port}/`;
   return { url, stop: () => (stopped ??= stop()) };
 }
 
 function makeHandlers(rooms: Rooms, access: Access) {
   const { config, log } = rooms;
-  const page = makePage(pageSource as unknown as string, config); // bun-types takes every .html import for a bundle
+  // bun-types takes every .html import for a bundle.
+  const page = makePage(pageSource as unknown as string, config);
   const isHeard = (ws: Socket) => void (ws.data.heardAt = performance.now());
   return {
     fetch: (request: Request, server: Server) => {
       const url = URL.parse(request.url);
       if (!url) return refuse(400, "The Host header names no host.");
       if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, access);
-      if (request.method === "POST" && access.asks) return access.login(request, server);
+      if (request.method === "POST" && !access.isOpen) return access.login(request, server);
       return page(request);
     },
     websocket: {
@@ -1585,8 +1564,10 @@ function makeHandlers(rooms: Rooms, access: Access) {
       backpressureLimit: BACKPRESSURE_BYTES,
       closeOnBackpressureLimit: true,
       sendPings: false, // `checkSilence` sends them
-      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for closing sockets, which are in no room any more
-      perMessageDeflate: false, // costs more time than it saves, and each socket a window
+      // For closing sockets, which are in no room any more.
+      idleTimeout: 2 * Math.ceil(config.silenceSeconds),
+      // Costs more time than it saves, and each socket a window.
+      perMessageDeflate: false,
       open: (ws: Socket) => rooms.enter(ws),
       message: (ws: Socket, data: string | Buffer) => rooms.inbox.receive(ws, data),
       ping: isHeard,
@@ -1604,14 +1585,14 @@ function makeHandlers(rooms: Rooms, access: Access) {
 function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
-  const reusePort = config.reusePort === "1"; // always set: Bun's default is true when `development` is false
+  // Always set: Bun's default is true when `development` is false.
+  const reusePort = config.reusePort === "1";
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
-    if (code === "EADDRINUSE")
-      throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
+    if (code === "EADDRINUSE") throw new StartError(`PORT=${port}: another program listens there; set another.`);
     if (tls && /ENOENT|EACCES|OSSL/.test(code ?? "")) {
       throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${message}`);
     }
@@ -1642,28 +1623,27 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   const isRefused = role instanceof Response;
   // A page cannot see why a handshake is refused. So a browser is let in, and told by the Close frame.
   if (isRefused && !isChat) return role;
-  const query = url.searchParams;
-  const name = cleanName(query.get("name") ?? "Guest");
+  const name = cleanName(url.searchParams.get("name") ?? "Guest");
   if (name === undefined) return refuse(400, ERRORS["bad-name"]);
   const address = addressOf(request, server, config.proxies);
-  const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
-  const data = new Member(name, {
-    roomName,
-    address,
-    network: networkOf(address),
-    isChat,
-    from: idOf(request, roomName),
-    role: isRefused ? "guest" : role,
-    resume: epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined,
-  });
+  const network = networkOf(address);
+  const from = idOf(request, roomName);
+  const resume = placeOf(url.searchParams);
+  const visitor = { roomName, address, network, isChat, from, role: isRefused ? "guest" : role, resume } as const;
+  const data = new Member(name, visitor);
   if (isRefused) data.state = "refused";
   // A browser that offers a subprotocol fails when it is answered none: the WHATWG WebSockets standard.
-  if (server.upgrade(request, { data, headers: isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} }))
-    return undefined;
-  return refuse(400, "The WebSocket handshake is not complete.");
+  const chosen: Record<string, string> = isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {};
+  const isUpgraded = server.upgrade(request, { data, headers: chosen });
+  return isUpgraded ? undefined : refuse(400, "The WebSocket handshake is not complete.");
 }
 
-/** A refusal in plain text. */
+/** Where a client left off, if it says so. */
+function placeOf(query: URLSearchParams): Visitor["resume"] {
+  const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
+  return epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
+}
+
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
   const type = { "Content-Type": "text/plain; charset=utf-8" };
   return new Response(`${sentence}\n`, { status, headers: { ...type, ...headers } });
@@ -1672,7 +1652,7 @@ function refuse(status: number, sentence: string, headers: Record<string, string
 /** Answers with the page, whose headers and compressed form are made once. */
 function makePage(html: string, config: Config): (request: Request) => Response {
   const plain = new TextEncoder().encode(html);
-  const compressed = Bun.gzipSync(plain, { library: "libdeflate", level: 10 }); // 10 ms, for 5 % less
+  const compressed = Bun.gzipSync(plain, { library: "libdeflate", level: 10 });
   const etag = `W/"${sha256(html, "hex").slice(0, 32)}"`; // weak: one for both forms
   const fixed = {
     "Content-Type": "text/html; charset=utf-8",
@@ -1685,16 +1665,14 @@ function makePage(html: string, config: Config): (request: Request) => Response 
     ETag: etag,
   };
   return (request) => {
-    const { method } = request;
-    if (method !== "GET" && method !== "HEAD") {
-      return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
-    }
+    const { method, headers: asked } = request;
+    const isGet = method === "GET" || method === "HEAD";
+    if (!isGet) return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     const headers = new Headers(fixed);
-    if (cookieOf(request, IDENTITY_COOKIE) === undefined)
-      headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
-    if (request.headers.get("if-none-match")?.includes(etag.slice(2)))
-      return new Response(null, { status: 304, headers });
-    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(request.headers.get("accept-encoding") ?? "");
+    const isKnown = cookieOf(request, IDENTITY_COOKIE) !== undefined;
+    if (!isKnown) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
+    if (asked.get("if-none-match")?.includes(etag.slice(2))) return new Response(null, { status: 304, headers });
+    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(asked.get("accept-encoding") ?? "");
     if (gzip) headers.set("Content-Encoding", "gzip");
     return new Response(gzip ? compressed : plain, { headers });
   };
@@ -1889,9 +1867,7 @@ async function printExport(config: Config): Promise<void> {
 async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
   makeLogger(config.logLevel)("info", `The chat is open: ${chat.url}`);
-  const stop = () => void chat.stop().then(() => process.exit(0));
-  process.on("SIGTERM", stop);
-  process.on("SIGINT", stop);
+  for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => void chat.stop().then(() => process.exit(0)));
 }
 
 if (import.meta.main) {
