@@ -35,8 +35,8 @@ import { version } from "./package.json";
 // What a client may send.
 const MAX_TEXT = 16 * 1024; // bytes of UTF-8
 const MAX_FRAME = 64 * 1024; // bytes; a longer one closes with 1009
-const MAX_NAME = 32; // code points, as of a room's
-const MAX_ROOM = 64;
+const MAX_NAME = 32; // code points
+const MAX_ROOM = 64; // code points
 const MAX_STRIKES = 10; // frames outside the protocol, until it closes with 1008
 // What a client is sent.
 const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a fresh start
@@ -1159,7 +1159,7 @@ class Rooms {
   brokerOf!: (room: string) => Broker;
   readonly open = new Map<string, Room>(); // by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
-  readonly #outages = new Set<Broker | string>(); // stores that fail, and names of rooms that cannot be read
+  readonly #outages = new Set<Broker | string>(); // stores and names of rooms that were said to fail
   readonly #members = () => [...this.open.values()].flatMap(({ members }) => [...members]);
 
   constructor(
@@ -1534,7 +1534,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     clearInterval(sweeping);
     await Promise.all(brokers.map((broker) => broker.drain()));
     rooms.closeAll();
-    // Then cuts who has not answered.
+    // Whoever has not answered by then is cut.
     await Promise.race([closed, Bun.sleep(CLOSE_MS)]);
     for (const broker of brokers) broker.stop();
     void rooms.server.stop(true);
@@ -1665,14 +1665,14 @@ function makePage(html: string, config: Config): (request: Request) => Response 
     ETag: etag,
   };
   return (request) => {
-    const { method, headers: asked } = request;
+    const { method, headers: wanted } = request;
     const isGet = method === "GET" || method === "HEAD";
     if (!isGet) return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     const headers = new Headers(fixed);
-    const isKnown = cookieOf(request, IDENTITY_COOKIE) !== undefined;
-    if (!isKnown) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
-    if (asked.get("if-none-match")?.includes(etag.slice(2))) return new Response(null, { status: 304, headers });
-    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(asked.get("accept-encoding") ?? "");
+    const hasIdentity = cookieOf(request, IDENTITY_COOKIE) !== undefined;
+    if (!hasIdentity) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
+    if (wanted.get("if-none-match")?.includes(etag.slice(2))) return new Response(null, { status: 304, headers });
+    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(wanted.get("accept-encoding") ?? "");
     if (gzip) headers.set("Content-Encoding", "gzip");
     return new Response(gzip ? compressed : plain, { headers });
   };
