@@ -1197,11 +1197,12 @@ describeStore("what was taken back", (make) => {
     const bo = await Client.join(servers.at(-1)!.url);
     const plain = await Client.join(servers[0]!.url, { plain: true });
     const { epoch } = await ann.first("hello");
-    const { at, ...said } = await ann.say("a secret", "k1");
+    const secret = "a secret ".repeat(1000); // in pages of the file that it alone takes
+    const { at, ...said } = await ann.say(secret, "k1");
     for (const key of ["r1", "r1", "r2"]) ann.send({ type: "remove", key, seq: 1 });
     const { at: removedAt, ...entry } = (await bo.untilMessages(2))[1] as Message;
     expect(entry).toEqual({ seq: 2, name: "Ann", from: idOf("ann"), text: "", removes: 1, key: "r1" });
-    ann.post("a secret", "k1"); // sent again, it does not come back
+    ann.post(secret, "k1"); // sent again, it does not come back
     await ann.nth("ack", 3);
     expect(ann.all("ack").map(({ key }) => key)).toEqual(["r1", "r2", "k1"]);
     const log: Message[] = [
@@ -1214,7 +1215,7 @@ describeStore("what was taken back", (make) => {
       expect([await readLog(url), again.messages, (await again.first("page")).messages]).toEqual([log, log, log]);
     }
     await ann.say("after");
-    expect(await plain.untilTexts(2)).toEqual(["a secret", "after"]); // the entry is no text
+    expect(await plain.untilTexts(2)).toEqual([secret, "after"]); // the entry is no text
     const lines = await exported(store.config);
     expect(lines.slice(0, 2).map(({ room, ...message }) => message)).toEqual(log);
     await (servers[0] as Chat).stop();
