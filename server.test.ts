@@ -191,19 +191,17 @@ function installed(program: string, debianPackage: string): string | undefined {
 class Redis {
   #process: Bun.Subprocess | undefined;
 
-  private constructor(
-    readonly port: number,
-    readonly folder: string,
-  ) {}
+  readonly folder = mkdtempSync(join(FOLDER, "redis-"));
+  readonly url: string;
 
-  static async start(): Promise<Redis> {
-    const redis = new Redis(await freePort(), mkdtempSync(join(FOLDER, "redis-")));
-    await redis.run();
-    return redis;
+  private constructor(readonly port: number) {
+    this.url = `redis://127.0.0.1:${port}`;
   }
 
-  get url(): string {
-    return `redis://127.0.0.1:${this.port}`;
+  static async start(): Promise<Redis> {
+    const redis = new Redis(await freePort());
+    await redis.run();
+    return redis;
   }
 
   /** Starts the process, again if it was killed, and waits until it answers. */
@@ -293,10 +291,6 @@ class Wire {
     return `127.0.0.1:${(this.#listener.address() as AddressInfo).port}`;
   }
 
-  get connections(): number {
-    return this.#ends.size / 2;
-  }
-
   /** Forwards nothing any more, and tells nobody: what is sent waits. */
   silence(): void {
     this.#silent = true;
@@ -314,9 +308,11 @@ class Wire {
     for (const end of this.#ends) end.resume();
   }
 
-  /** Ends every connection at once; new ones are possible. */
-  cut(): void {
-    for (const end of [...this.#ends]) end.destroy();
+  /** Ends every connection at once, after which new ones work; says how many there were. */
+  cut(): number {
+    const ends = [...this.#ends];
+    for (const end of ends) end.destroy();
+    return ends.length / 2;
   }
 
   /** Loses the next notification of Redis that holds this text, and nothing else; resolves when it did. */
@@ -856,14 +852,11 @@ describe("over HTTP", () => {
 
   test("the page is compressed for those who accept it, and only for them", async () => {
     const { url } = await start();
-    const encoded = async (accept: string) => {
+    for (const [accept, encoding] of Object.entries({ identity: null, "gzip;q=0": null, "br, gzip": "gzip" })) {
       const response = await fetch(url, { headers: { "Accept-Encoding": accept }, decompress: false });
-      return [response.headers.get("content-encoding"), (await response.bytes()).length] as const;
-    };
-    const [, full] = await encoded("identity");
-    expect(await encoded("gzip;q=0")).toEqual([null, full]);
-    const [encoding, size] = await encoded("br, gzip");
-    expect([encoding, size < full / 2]).toEqual(["gzip", true]);
+      const isSmall = (await response.bytes()).length < 30_000;
+      expect([response.headers.get("content-encoding"), isSmall]).toEqual([encoding, encoding === "gzip"]);
+    }
   });
 
   test("a method that the page has no answer to gets 405, a request to /ws/ that is no upgrade 426", async () => {
@@ -1015,7 +1008,7 @@ describe("a chat.v1 client", () => {
     }
   });
 
-  test("sees who is here, in one frame a second at most, and only when it changed", async () => {
+  test("sees who is here, in one frame a second at most and only when it changed, and who is typing", async () => {
     const { url } = await start();
     const ann = await Client.join(url, { name: "Ann" });
     await ann.first("presence");
@@ -1026,17 +1019,11 @@ describe("a chat.v1 client", () => {
     await bo.settle();
     for (const other of [bo, ...others]) await other.leave();
     await ann.sees(2, "Ann");
-    await (await Client.join(url, { name: "Di" })).first("presence");
+    const di = await Client.join(url, { name: "Di" });
+    for (let i = 0; i < 5; i++) di.send({ type: "typing" }); // passed on to the others, once in two seconds
+    await di.first("presence");
     expect(ann.all("presence")).toHaveLength(4);
-  });
-
-  test("passes typing on to the others, never to itself, and once in two seconds", async () => {
-    const { ann, bo } = await startWithTwo();
-    for (let i = 0; i < 5; i++) ann.send({ type: "typing" });
-    ann.post("done");
-    await bo.untilMessages(1);
-    await ann.settle();
-    expect([ann.all("typing"), bo.all("typing")]).toEqual([[], [{ type: "typing", name: "Ann" }]]);
+    expect([ann.all("typing"), di.all("typing")]).toEqual([[{ type: "typing", name: "Di" }], []]);
   });
 
   test("changes its name when it wants, and keeps it when it asks for one that is not allowed", async () => {
@@ -1072,17 +1059,12 @@ const MALFORMED = `
 no json
 null
 42
-[]
 {"type":null}
 {"type":"__proto__"}
 {"type":"post","key":"k"}
-{"type":"post","key":1,"text":"x"}
 {"type":"post","key":"k","text":{"a":1}}
 {"type":"post","key":"k","text":"x","from":"somebodyElse"}
-{"type":"post","key":"k","text":"x","__proto__":{}}
-{"type":"page","before":"1"}
 {"type":"page","before":1e400}
-{"type":"name","name":null}
 {"type":"remove","key":"k","seq":0}
 {"type":"ping","${"x".repeat(60_000)}":1}
 {"type":"post","key":"k","text":${"[".repeat(10_000)}${"]".repeat(10_000)}}`;
@@ -1611,16 +1593,23 @@ describe("the SQLite store", () => {
     symlinkSync(later, `${later}-link`); // to a file that is not there yet
     const first = await spawnServer({ CHAT_DB: used });
     await spawnServer({ CHAT_DB: `${later}-link` });
-    const broken = {
-      [text]: "not a database",
-      [join(FOLDER, "no", "folder.sqlite")]: "no such file or directory",
-      [FOLDER]: "illegal operation on a directory",
-    };
-    const same = [used, link, join(FOLDER, ".", "x", "..", basename(used)), later, ` ${later} `];
-    for (const [db, why] of [...Object.entries(broken), ...same.map((db) => [db, "second server"] as const)]) {
+    for (const db of [
+      text,
+      join(FOLDER, "no", "folder"),
+      FOLDER,
+      used,
+      link,
+      join(FOLDER, "x", "..", basename(used)),
+      later,
+    ]) {
       const { code, said } = await run({ CHAT_DB: db });
-      expect([db, code, said.includes(why)]).toEqual([db, 1, true]);
-      expect(said).toMatch(/^CHAT_DB=.+: the database cannot be opened and written: .+\n$/);
+      expect([code, said]).toEqual([
+        1,
+        expect.stringMatching(/^CHAT_DB=.+: the database cannot be opened and written: .+\n$/),
+      ]);
+      expect(said.includes("is a second server running?")).toBe(
+        ![text, join(FOLDER, "no", "folder"), FOLDER].includes(db),
+      );
     }
     await (await Client.join(first.url)).say("mine");
     first.kill("SIGKILL");
@@ -1686,24 +1675,20 @@ test("A page of another origin is kept out, unless CHAT_ORIGINS names it; the se
     101  -     http://CHAT.example              chat.Example
     101  -     http://chat.example:80           chat.example
     101  -     https://chat.example             chat.example:443
-    101  -     http://[::1]:8080                [::1]:8080
     101  -     http://[::1]                     [0:0:0:0:0:0:0:1]
     403  -     http://chat.example              chat.example:8080
     403  -     http://[::2]:8080                [::1]:8080
     403  -     http://chat.example.evil.example chat.example
-    403  -     http://evil.example/chat.example chat.example
     403  -     http://evil.example#chat.example chat.example
     403  -     http://chat.example@evil.example chat.example
     403  -     http://chat.example,http://e.example chat.example
     403  -     null                             null
-    403  -     file://                          chat.example
     101  list  https://chat.example:443         localhost
     403  list  http://chat.example              localhost
     101  list  http://other.example:8443        localhost
     403  list  https://other.example            localhost
     403  list  http://https                     localhost
     403  list  null                             localhost
-    101  *     https://evil.example             localhost
     101  *     null                             localhost`;
   const origins: Record<string, string> = { "-": "", list: "https://Chat.example, other.example:8443", "*": "*" };
   for (const [status, list = "", Origin = "", Host = ""] of table(cases)) {
@@ -1860,38 +1845,28 @@ describe("the operator's password", () => {
   });
 });
 
-describe("with a certificate", () => {
-  /** A new certificate in two files. */
+test("With a certificate it serves https and wss, and its cookie is Secure; a bad one is told in one line.", async () => {
   const certify = (name: string) => {
     const [cert, key] = [join(FOLDER, `${name}.crt`), join(FOLDER, `${name}.key`)];
     const curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
     const files = ["-keyout", key, "-out", cert, "-days", "2", "-subj", `/CN=${name}`];
     expect(Bun.spawnSync(["openssl", "req", "-x509", ...curve, ...files]).exitCode).toBe(0);
-    return { cert, key };
+    return [cert, key] as const;
   };
-
-  test("serves https and wss, and its cookie is Secure", async () => {
-    const { cert, key } = certify("one");
-    const { url } = await start({ tlsCert: cert, tlsKey: key, password: "sesame" });
-    expect(url).toStartWith("https://");
-    expect((await fetch(url, { tls: { rejectUnauthorized: false } })).status).toBe(200);
-    const response = await login(url, "sesame");
-    expect(response.headers.get("set-cookie")).toEndWith("; HttpOnly; SameSite=Strict; Secure");
-    await (await Client.join(url, { headers: { Cookie: cookieOf(response) } })).say("hi");
-  });
-
-  test("that is bad, missing, another's or alone does not start: one line, exit code 1", async () => {
-    const [one, two, none] = [certify("one"), certify("two"), join(FOLDER, "none.pem")];
-    const bad = [one.cert, two.key, none, one.key, one.cert, none, one.key, one.key, FOLDER, FOLDER, one.cert, ""];
-    const starts = bad.flatMap((file, i) =>
-      i % 2 === 0 ? run({ TLS_CERT: file, TLS_KEY: bad[i + 1] as string }) : [],
-    );
-    for (const { code, said } of await Promise.all(starts)) {
-      expect([code, said]).toEqual([1, expect.stringMatching(/^.+\n$/)]);
-    }
-    const { said } = await run({ TLS_CERT: one.cert, TLS_KEY: one.key, HOST: "203.0.113.1" }); // is not blamed for something else
-    expect(said).toStartWith("HOST=203.0.113.1 PORT=0: cannot listen: ");
-  });
+  const [[cert, key], [, other]] = [certify("one"), certify("two")];
+  const { url } = await start({ tlsCert: cert, tlsKey: key, password: "sesame" });
+  const response = await login(url, "sesame");
+  expect(response.headers.get("set-cookie")).toEndWith("; HttpOnly; SameSite=Strict; Secure");
+  await (await Client.join(url, { headers: { Cookie: cookieOf(response) } })).say("hi");
+  for (const [TLS_CERT, TLS_KEY] of [
+    [cert, other],
+    [key, key],
+    [cert, `${key}-none`],
+    [`${cert}-none`, key],
+    [cert, ""],
+  ] as const) {
+    expect(await run({ TLS_CERT, TLS_KEY })).toEqual({ code: 1, out: "", said: expect.stringMatching(/^.+\n$/) });
+  }
 });
 
 // ─── Slow readers, flooders ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1925,18 +1900,20 @@ describe("a reader that does not read", () => {
     ann.postAll(100, () => "x".repeat(16_000));
     await ann.untilMessages(100);
     const before = memoryOf(server);
+    const get = Buffer.from("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
     const asks = [
-      Buffer.concat(Array(4000).fill(rawFrame("p".repeat(125), 9))),
-      Buffer.concat(Array(20_000).fill(rawFrame('{"type":"ping"}'))),
-      Buffer.concat(Array(200).fill(rawFrame('{"type":"page","before":101}'))),
-      Buffer.from("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(400)),
+      rawFrame("p".repeat(125), 9),
+      rawFrame('{"type":"ping"}'),
+      rawFrame('{"type":"page","before":101}'),
+      get,
     ];
-    for (const ask of asks) {
-      const open = (url: string) => (ask === asks[3] ? Client.open(url) : Client.join(url));
-      const readers = await Promise.all(Array.from({ length: 3 }, () => open(server.url)));
+    for (const [i, count] of [12_000, 60_000, 600, 1200].entries()) {
+      const readers = await Promise.all(
+        [1, 2, 3].map(() => (asks[i] === get ? Client.open(server.url) : Client.join(server.url))),
+      );
       for (const { socket } of readers) socket.pause();
-      for (const reader of readers) for (let i = 0; i < 3; i++) reader.raw(ask);
-      for (let i = 0; i < 5; i++) await ann.settle();
+      for (const reader of readers) reader.raw(Buffer.concat(Array(count).fill(asks[i])));
+      for (let round = 0; round < 5; round++) await ann.settle();
       for (const reader of readers) reader.drop();
     }
     expect(memoryOf(server) - before).toBeLessThan(96);
@@ -2033,14 +2010,11 @@ describe("a broken handshake", () => {
     const room = (path: string) => good.replace("/ws/?", `/ws/${path}`);
     const ours: [what: string, request: string, status: number][] = [
       ["version 8", good.replace("Version: 13", "Version: 8"), 426],
-      ["no version", without(/Sec-WebSocket-Version.*\r\n/), 426],
       ["no upgrade", without(/Upgrade: websocket\r\n/), 426],
-      ["another upgrade", good.replace("Upgrade: websocket", "Upgrade: h2c"), 426],
       ["another subprotocol", good.replace("chat.v1", "chat.v2"), 400],
       ["no key", without(/Sec-WebSocket-Key.*\r\n/), 400],
       ["a room that is too long", room("%E5%9B%A2".repeat(65)), 400],
       ["a room with a NUL", room("a%00b"), 400],
-      ["a room with a line break", room("a%0Ab"), 400],
       ["a room that is no UTF-8", room("%ff"), 400],
       ["a bad name", good.replace("?", "?name=%00"), 400],
       ["a page of another origin", good.replace("Host:", "Origin: https://elsewhere.example\r\nHost:"), 403],
@@ -2095,7 +2069,6 @@ describe("a broken frame", () => {
       ["RSV1", 1002, rawFrame(text, 1, { rsv: 4 })],
       ["opcode 3", 1002, rawFrame("", 3)],
       ["a fragmented ping", 1002, rawFrame("x", 9, { fin: false })],
-      ["a ping of 126 bytes", 1002, rawFrame("x".repeat(126), 9)],
       ["a continuation of nothing", 1002, rawFrame(text, 0)],
       ["binary", 1003, rawFrame(text, 2)],
       ["no UTF-8", 1007, rawFrame(Buffer.from([0x22, 0xff, 0x22]))],
@@ -2104,10 +2077,8 @@ describe("a broken frame", () => {
       ["64 KiB and one byte", 1009, rawFrame("x".repeat(65_537))],
       ["fragments of more than 64 KiB", 1009, ...Array.from({ length: 65 }, (_, i) => part(1024, i))],
       ["a close of one byte", 1002, rawFrame("\x03", 8)],
-      ["a close with 999", 1002, rawFrame(Buffer.from([3, 231]), 8)],
       ["a close without a code", 1005, rawFrame("", 8)],
       ["a close of an application", 4999, rawFrame(Buffer.from([19, 135]), 8)],
-      ["zeros", 1002, Buffer.alloc(100)],
       ["HTTP", 1002, Buffer.from("GET / HTTP/1.1\r\n\r\n")],
     ];
     for (const plain of [false, true]) {
@@ -2164,14 +2135,14 @@ test("Whatever a generator makes up is answered or refused, and the others see o
     const client = await Client.join(server.url, { plain });
     const careful = odds(0.6); // its frames are in order, what they say is not
     for (let k = 1 + int(12); k > 0; k--, tried++) {
-      if (careful || odds(0.5)) client.raw(rawFrame(json()));
-      else {
-        const options = { fin: odds(0.8), mask: odds(0.95), rsv: odds(0.05) ? int(8) : 0 };
-        const frame = rawFrame(odds(0.3) ? bytes(int(200)) : "t".repeat(int(300)), odds(0.7) ? 1 : int(16), options);
-        if (odds(0.1)) frame[int(Math.min(14, frame.length))] = int(256); // a bit of the header or the mask is another
-        if (odds(0.1)) client.raw(bytes(int(100)));
-        client.raw(odds(0.1) ? frame.subarray(0, int(frame.length)) : frame);
-      }
+      const options = careful ? {} : { fin: odds(0.8), mask: odds(0.95), rsv: odds(0.05) ? int(8) : 0 };
+      const frame = rawFrame(
+        careful || odds(0.7) ? json() : bytes(int(200)),
+        careful || odds(0.7) ? 1 : int(16),
+        options,
+      );
+      if (!careful && odds(0.1)) frame[int(Math.min(14, frame.length))] = int(256); // in the header or the mask
+      client.raw(careful || odds(0.9) ? frame : frame.subarray(0, int(frame.length)));
     }
     if (careful && !plain) await client.settle();
     if (odds(0.5)) client.socket.end();
@@ -2269,7 +2240,7 @@ const FAULTS: Record<string, (scene: Scene) => unknown> = {
     await allTalk(all, 10);
     wire.speak();
     await joinWhenOpen(servers[2].url);
-    expect(wire.connections).toBeLessThanOrEqual(2);
+    expect(wire.cut()).toBeLessThanOrEqual(2);
   },
 };
 
@@ -2406,21 +2377,16 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
   test("is right again after people were sent away and came back", async () => {
     const { redis, wire, servers } = await stage(0);
     const [ann] = await joinAll(servers, "Ann");
-    const joinCy = () => joinWhenOpen(servers[2].url, { name: "Cy" });
-    for (let time = 0; time < 2; time++) {
-      const cy = await joinCy();
+    for (let time = 0; time < 3; time++) {
+      const cy = await joinWhenOpen(servers[2].url, { name: "Cy" });
       for (const client of [ann, cy]) await client.sees(2, "Ann", "Cy");
       wire.cut();
       expect(await cy.end()).toBe(1013);
     }
-    const cy = await joinCy();
-    for (const client of [ann, cy]) await client.sees(2, "Ann", "Cy");
     await redis.command("FLUSHALL");
-    for (const client of [ann, cy]) expect(await client.end()).toBe(1013);
-    const [bea, di] = [
-      await joinWhenOpen(servers[0].url, { name: "Bea" }),
-      await joinWhenOpen(servers[2].url, { name: "Di" }),
-    ];
+    expect(await ann.end()).toBe(1013);
+    const bea = await joinWhenOpen(servers[0].url, { name: "Bea" });
+    const di = await joinWhenOpen(servers[2].url, { name: "Di" });
     for (const client of [bea, di]) await client.sees(2, "Bea", "Di");
   });
 });
@@ -2477,31 +2443,20 @@ describe("an operator", () => {
     expect(() => readConfig({ REDIS_URL: "http://user:sec@ret@localhost" })).toThrow(
       "REDIS_URL=http://…@localhost: must",
     );
+    expect(Object.isFrozen(readConfig({}))).toBe(true);
+    expect(readConfig({ HOST: "[::1]", PORT: "", CHAT_DB: " " })).toMatchObject({
+      host: "::1",
+      port: 8080,
+      db: "chat.sqlite",
+    });
     const said = "CHAT_RATE=many: must be a whole number from 0 to 1000000.\n";
     expect(await run({ CHAT_RATE: "many" })).toEqual({ code: 1, out: "", said });
   });
 
-  test("gets the defaults for what is not set or empty, and may write an IPv6 address as a URL has it", () => {
-    const hosts = ["[::1]", "::1", "localhost"].map((HOST) => readConfig({ HOST }).host);
-    expect(hosts).toEqual(["::1", "::1", "localhost"]);
-    const config = readConfig({ PORT: "", CHAT_ORIGINS: " https://a.example , b.example:8443,*" });
-    expect(Object.isFrozen(config)).toBe(true);
-    const values = Object.entries(config).map(([name, value]) => `${name}=${value}`);
-    expect(values.toSorted().join(" ")).toBe(
-      "db=chat.sqlite expireMs=86400000 history=10000 host= idleDays=30 logLevel=info " +
-        "operator= origins=https://a.example,b.example:8443,* password= port=8080 prefix=chat: proxies=0 rate=20 redisUrls= reusePort=0 silenceSeconds=50 sync=full tlsCert= tlsKey=",
-    );
-  });
-
   test("who embeds the chat is told by an error why it does not start", async () => {
     const port = Number(new URL((await start()).url).port);
-    const cases: [Partial<Config>, string][] = [
-      [{ port }, `PORT=${port}: another program listens there`],
-      [{ host: "203.0.113.1" }, "HOST=203.0.113.1 PORT=0: cannot listen: "],
-      [{ db: join(FOLDER, "no", "such", "folder") }, "the database cannot be opened and written"],
-      [{ tlsCert: "no.pem", tlsKey: "no.pem" }, "TLS_CERT=no.pem TLS_KEY=no.pem: cannot be used: "],
-    ];
-    for (const [config, why] of cases) await expect(start(config)).rejects.toThrow(why);
+    await expect(start({ port })).rejects.toThrow(`PORT=${port}: another program listens there`);
+    await expect(start({ host: "203.0.113.1" })).rejects.toThrow("HOST=203.0.113.1 PORT=0: cannot listen: ");
     await expect(exported({ db: join(FOLDER, "nothing.sqlite") })).rejects.toThrow(": there is no such database");
   });
 
@@ -2602,7 +2557,7 @@ describe("export and import", () => {
         said: "1201 messages exported.\n",
       });
       for (const { config } of [redis, back]) {
-        expect(await importMessages({ ...readConfig({}), ...config }, text)).toEqual({ count: 1201, refused: [] });
+        expect(await importMessages({ ...readConfig({}), ...config }, text)).toEqual([]);
         const same = (await exported(config)).toSorted((a, b) => b.room.localeCompare(a.room) || a.seq - b.seq);
         expect(same).toEqual(lines.toSorted((a, b) => b.room.localeCompare(a.room) || a.seq - b.seq));
         const moved = await start(config);
@@ -2643,8 +2598,8 @@ describe("export and import", () => {
         /^Line 1: .+ Nothing was imported[.]$/,
       );
       expect(await exported(config)).toEqual([]);
-      expect(await taken(line)).toEqual({ count: 1, refused: [] });
-      expect(await taken(line, { ...line, room: "new" })).toEqual({ count: 1, refused: [""] });
+      expect(await taken(line)).toEqual([]);
+      expect(await taken(line, { ...line, room: "new" })).toEqual([""]);
       expect(await exported(config)).toHaveLength(2);
       const file = newFile();
       await Bun.write(file, JSON.stringify(line));
