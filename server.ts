@@ -753,9 +753,9 @@ class SqliteBroker implements Broker {
     this.#trimming ??= setTimeout(() => {
       this.#trimming = undefined;
       try {
-        const step = "DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key";
-        for (const [key] of this.#db.query(step).values(room.row, room.first + STEP_MESSAGES)) {
-          room.keys?.delete(key as string);
+        const step = this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key, seq");
+        for (const [key, seq] of step.values(room.row, room.first + STEP_MESSAGES) as [string, number][]) {
+          if (room.keys?.get(key) === seq) room.keys.delete(key); // or it is that of a newer message by now
         }
       } catch (error) {
         return this.rooms.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
@@ -1183,7 +1183,7 @@ class Rooms {
   brokerOf!: (room: string) => Broker;
   readonly open = new Map<string, Room>(); // the rooms that somebody is in, by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
-  readonly #outages = new Set<Broker>(); // stores that fail
+  readonly #outages = new Set<Broker | string>(); // stores that fail, and rooms, by name
 
   constructor(
     readonly config: Config,
@@ -1227,15 +1227,14 @@ class Rooms {
   /** A log cannot be read. */
   unreadable(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
-    const isKnown = this.#outages.has(room.broker);
-    this.log(isKnown ? "debug" : "error", `The log of ${room} cannot be read: ${message}`);
+    if (!this.#outages.has(room.broker)) this.outage(room.name, false, `The log of ${room} cannot be read: ${message}`);
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
-  /** Logs that a store fails, once until it works again. */
-  outage(broker: Broker, isOver: boolean, line: string): void {
-    if (isOver ? this.#outages.delete(broker) : !this.#outages.has(broker)) this.log("error", line);
-    if (!isOver) this.#outages.add(broker);
+  /** Logs that a store fails, or the log of a room, once until it works again. */
+  outage(what: Broker | string, isOver: boolean, line: string): void {
+    if (isOver ? this.#outages.delete(what) : !this.#outages.has(what)) this.log("error", line);
+    if (!isOver) this.#outages.add(what);
   }
 
   #close(room: Room): void {
@@ -1273,6 +1272,7 @@ class Rooms {
     room.pendingJoins.add(missed);
     const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
     room.pendingJoins.delete(missed);
+    this.outage(room.name, true, `The log of ${room} can be read again.`);
     // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
     if (member.state === "joining") {
       if (hello) {
@@ -1870,7 +1870,7 @@ export async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "import" && rest.length <= 1) {
     const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
     const refused = await importMessages(readConfig(process.env), text);
-    if (refused.length === 0) return;
+    if (refused.length === 0) return console.error("Imported.");
     throw new StartError(`Not imported, as these rooms are there already: ${JSON.stringify(refused)}.`);
   }
   throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
