@@ -2027,7 +2027,8 @@ test("With a certificate it serves https and wss, and its cookie is Secure; a ba
   };
   const [[cert, key], [, other]] = [certify("one"), certify("two")];
   const { url } = await start({ tlsCert: cert, tlsKey: key, password: "sesame" });
-  const response = await login(url, "sesame");
+  const [page, response] = [await fetch(url, { tls: { rejectUnauthorized: false } }), await login(url, "sesame")];
+  expect(page.headers.get("set-cookie")).toEndWith("; SameSite=Lax; Path=/; HttpOnly; Secure");
   expect(response.headers.get("set-cookie")).toEndWith("; SameSite=Strict; Path=/; HttpOnly; Secure");
   await (await Client.join(url, { headers: { Cookie: cookieOf(response) } })).say("hi");
   for (const [TLS_CERT, TLS_KEY] of [
@@ -2563,7 +2564,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
   });
 });
 
-describe.skipIf(!REDIS_SERVER)("in Redis", () => {
+describe.skipIf(!REDIS_SERVER)("with Redis", () => {
   test("a room leaves after CHAT_IDLE_DAYS, never with 0, and stays while somebody is in it", async () => {
     const redis = await ownRedis();
     for (const [idleDays, room] of [
@@ -2579,6 +2580,25 @@ describe.skipIf(!REDIS_SERVER)("in Redis", () => {
       await Client.join((await start({ redisUrls: [redis.url], idleDays })).url, { room }); // another server opens it
       for (const ttl of await ttls()) expect([room, ttl > 3000]).toEqual([room, true]);
     }
+  });
+
+  test("several Redis share the rooms; while one is away, only its rooms are", async () => {
+    const redises = [await ownRedis(), await ownRedis()] as const;
+    const redisUrls = redises.map(({ url }) => url);
+    const servers = [await start({ redisUrls }), await start({ redisUrls: redisUrls.toReversed() })];
+    const homes: Client[][] = [[], []];
+    for (let room = 0; room < 20; room++) {
+      const [ann, bo] = await joinAll(servers, { room: `${room}` }, { room: `${room}` });
+      await ann.say("hi");
+      await bo.untilMessages(1);
+      const isHome = await Promise.all(redises.map(async (redis) => (await redis.keys(`*:${room}`)).length > 0));
+      expect(isHome.toSorted()).toEqual([false, true]);
+      homes[isHome.indexOf(true)]!.push(ann, bo);
+    }
+    expect(homes.every(({ length }) => length > 0)).toBe(true);
+    await redises[0].kill();
+    for (const client of homes[0]!) expect(await client.end()).toBe(1013);
+    for (const [n, client] of homes[1]!.entries()) await client.say(`still here ${n}`);
   });
 
   test.skipIf(process.platform !== "linux")(
