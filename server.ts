@@ -61,6 +61,7 @@ const GATHER_MS = 6;
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
 const STEP_MESSAGES = 1000; // trimmed, exported or sent to Redis at once: few, so that others get in between
+const STEP_KEYS = 10_000; // read at once: 5 ms
 // Requests and cookies.
 const MAX_BODY = 4096; // bytes: a password
 const DAY_SECONDS = 24 * 60 * 60;
@@ -101,7 +102,8 @@ export type ServerFrame =
       messages: Message[];
       limits: { text: number; name: number };
     }
-  | { type: "messages" | "page"; messages: Message[] }
+  | { type: "messages"; messages: Message[] }
+  | { type: "page"; messages: Message[] }
   | { type: "ack"; key: string; seq: number }
   | { type: "presence"; count: number; people: Person[] }
   | { type: "typing"; name: string }
@@ -177,7 +179,8 @@ const cleanName = (name: string) => cleanLine(name.toWellFormed().trim(), MAX_NA
 /** A text, NFC-normalised; undefined when it is too long, or has control characters. */
 function cleanLine(text: string, max: number): string | undefined {
   const clean = text.normalize("NFC");
-  return [...clean].length > max || CONTROL.test(clean) ? undefined : clean;
+  const isTooLong = clean.length > max && [...clean].length > max;
+  return isTooLong || CONTROL.test(clean) ? undefined : clean;
 }
 
 /** The room that a path names after `/ws/`; `""` is the lobby. Undefined when it names none. */
@@ -383,7 +386,7 @@ class Room {
   last = 0; // the newest, which was delivered
   row = 0; // SQLite: its id; 0 until its first message is stored
   keys: Map<string, number> | undefined; // SQLite: seqs by key, once they are needed
-  waiting: Post[] = []; // Redis: posts to be stored next
+  waiting: Post[] = []; // posts to be stored next; SQLite: once the keys are read
   isStoring = false; // Redis: whether others are being stored
   early: Heard[] = []; // Redis: what was heard while the room was opening
   // What the rooms set:
@@ -660,7 +663,27 @@ class SqliteBroker implements Broker {
   }
 
   append(post: Post): void {
-    this.#gatherer.add(post, post.text.length);
+    const { room, text, key } = post;
+    const mustWait = room.waiting.length > 0 || (key && !room.keys);
+    if (!mustWait) return this.#gatherer.add(post, text.length);
+    if (room.waiting.push(post) > 1) return;
+    this.#loadKeys(room).catch((error: Error) => this.rooms.unreadable(room, error));
+  }
+
+  /** Keys are kept in memory, because an index on them costs ten times the insert. */
+  async #loadKeys(room: Room): Promise<void> {
+    const step = this.#db.query("SELECT key, seq FROM messages WHERE room = ? AND seq > ? ORDER BY seq LIMIT ?");
+    const keys = new Map<string, number>();
+    for (let rows, last = 0; (rows = step.values(room.row, last, STEP_KEYS) as [string | null, number][]).length > 0;) {
+      for (const [key, seq] of rows) if (key) keys.set(key, seq);
+      last = rows.at(-1)![1];
+      if (rows.length === STEP_KEYS) await Bun.sleep(0);
+    }
+    room.keys = keys;
+    const posts = room.waiting.splice(0);
+    // If the room was opened anew meanwhile, the senders have left, and the seqs are another's.
+    if (room.state === "closed" && this.rooms.open.has(room.name)) return;
+    for (const post of posts) this.#gatherer.add(post, post.text.length);
   }
 
   /** Stores posts in one transaction, then delivers them. */
@@ -688,7 +711,7 @@ class SqliteBroker implements Broker {
   /** Inserts a post as the next message. If the commit fails, the room is lost, and with it what is changed here. */
   #store({ room, sender, ...post }: Post): Message | Answer {
     const { at, name, from, text, removes, key } = post;
-    const known = key && (room.keys ??= this.#loadKeys(room)).get(key);
+    const known = key && room.keys?.get(key);
     if (known && known > room.last - this.rooms.config.history) return known;
     const refusal = removes && this.#erase(room, removes, sender);
     if (refusal) return refusal;
@@ -706,12 +729,6 @@ class SqliteBroker implements Broker {
     if (role !== "operator" && !(from && target.from === from)) return "not-yours";
     if (target.removed) return seq;
     this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
-  }
-
-  /** Keys are kept in memory, because an index on them costs ten times the insert. */
-  #loadKeys(room: Room): Map<string, number> {
-    const keys = "SELECT key, seq FROM messages WHERE room = ? AND key IS NOT NULL ORDER BY seq";
-    return new Map(this.#db.query<never, [number]>(keys).values(room.row) as [string, number][]);
   }
 
   async read(room: Room, from: number, to: number): Promise<Message[]> {
@@ -1448,12 +1465,13 @@ class Access {
 
   /** The role in which a request may come in, or the refusal. */
   check(request: Request, server: Server): Role | Response {
+    if (this.isOpen) return "guest";
     const [role, ends = "", signature = ""] = cookieOf(request, cookieName(server))?.split(".") ?? [];
     const owner = this.#passwords.find((each) => each.role === role);
     const isSigned = owner && isEqual(owner.key, signature, hmac(owner.key, ends));
     if (isSigned && Number(ends) > Date.now() / 1000) return owner.role;
     const bearer = /^Bearer (.*)$/i.exec(request.headers.get("authorization") ?? "")?.[1];
-    if (bearer !== undefined && !this.isOpen) {
+    if (bearer !== undefined) {
       const found = this.#try(bearer, request, server);
       return found instanceof Response ? found : found.role;
     }
