@@ -237,11 +237,16 @@ const SETTINGS = {
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
   password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
   operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
-  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect beside its own"],
+  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect too"],
   proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
-  idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "until a room that nobody uses is forgotten; 0: never"],
-  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of each connection; 0: no limit"],
+  idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "days until an unused room is forgotten; 0: never"],
+  rate: [
+    "CHAT_RATE",
+    "20",
+    wholeNumber(0, 1_000_000),
+    "frames a second of a connection; ten times that of an address; 0: any",
+  ],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
   reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
@@ -1160,7 +1165,7 @@ function roomKeys({ prefix }: Config, room: string): [state: string, messages: s
 
 /** Rendezvous hashing: a room lives on the Redis with the highest hash, so one more takes only its share of the rooms. */
 function homeOf(room: string, urls: readonly string[]): number {
-  const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
+  const hashes = urls.map((url) => sha256(`${room}\n${url.replace(/\/\/.*@/, "//")}`, "hex"));
   return hashes.reduce((best, hash, i) => (hash > (hashes[best] as string) ? i : best), 0);
 }
 
@@ -1443,22 +1448,25 @@ function idOf(request: Request, room: string): string | undefined {
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
 }
 
-type Password = { role: Role; password: string; key: Buffer };
+/** The key signs sessions: made slowly, so that a stolen one is no quick way to the password. The cookie is named after it. */
+type Password = { role: Role; password: string; key: Buffer; cookie: string };
 
 /**
  * Lets in who has the password: by a session cookie, which `login` gives, or `Authorization: Bearer`. The cookie holds
- * a role and its end, signed; nothing is stored, and a new password ends it.
+ * its end, signed; nothing is stored, and a new password ends it.
  */
 class Access {
   readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
-  /** Their keys sign cookies: made slowly, so that a stolen cookie is no quick way to the password. */
   readonly #passwords: Password[] = [];
   readonly isOpen: boolean; // nobody is asked
 
   constructor(readonly config: Config) {
     const { operator, password: guest } = config;
     for (const [role, password] of Object.entries({ operator, guest }) as [Role, string][]) {
-      if (password) this.#passwords.push({ role, password, key: scryptSync(password, "chat session", 32) });
+      if (!password) continue;
+      const key = scryptSync(password, "chat session", 32);
+      // A browser keeps one jar for all the ports of a host: each password has a cookie of its own.
+      this.#passwords.push({ role, password, key, cookie: `chat-${hmac(key, "cookie").slice(0, 8)}` });
     }
     this.isOpen = this.#passwords.length === 0;
   }
@@ -1466,10 +1474,10 @@ class Access {
   /** The role in which a request may come in, or the refusal. */
   check(request: Request, server: Server): Role | Response {
     if (this.isOpen) return "guest";
-    const [role, ends = "", signature = ""] = cookieOf(request, cookieName(server))?.split(".") ?? [];
-    const owner = this.#passwords.find((each) => each.role === role);
-    const isSigned = owner && isEqual(owner.key, signature, hmac(owner.key, ends));
-    if (isSigned && Number(ends) > Date.now() / 1000) return owner.role;
+    for (const { role, key, cookie } of this.#passwords) {
+      const [ends = "", signature = ""] = cookieOf(request, cookie)?.split(".") ?? [];
+      if (isEqual(key, signature, hmac(key, ends)) && Number(ends) > Date.now() / 1000) return role;
+    }
     const bearer = /^Bearer (.*)$/i.exec(request.headers.get("authorization") ?? "")?.[1];
     if (bearer !== undefined) {
       const found = this.#try(bearer, request, server);
@@ -1487,7 +1495,7 @@ class Access {
     const found = this.#try(given, request, server);
     if (found instanceof Response) return found;
     const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
-    const session = `${cookieName(server)}=${found.role}.${ends}.${hmac(found.key, ends)}`;
+    const session = `${found.cookie}=${ends}.${hmac(found.key, ends)}`;
     const cookie = setCookie(`${session}; Max-Age=${SESSION_SECONDS}; SameSite=Strict`, request, config);
     return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
   }
@@ -1505,8 +1513,6 @@ class Access {
 }
 
 const BEARER = { "WWW-Authenticate": "Bearer" };
-/** With the port, since a browser keeps one jar for all the ports of a host. */
-const cookieName = ({ port }: Server) => `chat-${port}`;
 const hmac = (key: Buffer, text: string) => createHmac("sha256", key).update(text).digest("base64url");
 /** Compares in constant time. */
 const isEqual = (key: Buffer, given: string, right: string) =>
@@ -1641,7 +1647,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   const isRefused = role instanceof Response;
   // A page cannot see why a handshake is refused. So a browser is let in, and told by the Close frame.
   if (isRefused && !isChat) return role;
-  const name = cleanName(url.searchParams.get("name") ?? "Guest");
+  const name = cleanName(url.searchParams.get("name") || "Guest");
   if (name === undefined) return refuse(400, ERRORS["bad-name"]);
   const address = addressOf(request, server, config.proxies);
   const network = networkOf(address);
@@ -1734,6 +1740,8 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
     cursor = next;
   }
   for (const room of rooms) {
+    const home = config.redisUrls[homeOf(room, config.redisUrls)] as string;
+    if (home !== url) console.error(`Room "${room}" belongs on ${withoutPassword(home)}: an import moves it there.`);
     const keys = roomKeys(config, room);
     const last = Number(await redis.send("HGET", [keys[0], "last"]));
     for (let from = Math.max(1, last - config.history + 1); from <= last; from += STEP_MESSAGES) {
