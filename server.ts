@@ -966,7 +966,8 @@ class RedisBroker implements Broker {
   }
 
   async open(room: Room): Promise<void> {
-    await this.#link?.subscriber.subscribe(this.#keys(room)[0], (text) => this.#hear(room, text));
+    const hear = (text: string) => this.#hear(room, text).catch((error: Error) => this.rooms.unreadable(room, error));
+    await this.#link?.subscriber.subscribe(this.#keys(room)[0], hear);
     const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
     if (room.state === "closed" || !this.#link) return;
     room.epoch = epoch + this.#link.run;
@@ -1025,8 +1026,8 @@ class RedisBroker implements Broker {
     }
   }
 
-  /** A text came on a room's channel: from the store script, or from a server. */
-  #hear(room: Room, text: string): void {
+  /** A text came on a room's channel: from the store script, or from a server. @throws when it is no JSON */
+  async #hear(room: Room, text: string): Promise<void> {
     const { epoch, messages, server, here, typing } = JSON.parse(text) as Partial<Heard> & Notice & { server?: string };
     if (epoch && messages) return this.#gatherer.add({ room, epoch, messages }, text.length);
     if (!server || server === this.#server) return;
@@ -1208,8 +1209,7 @@ class Rooms {
 
   /** Tells a sender that a post is in the log already, or is refused. */
   answer({ sender: { ws }, key = "" }: Post, answer: Answer): void {
-    const isStored = typeof answer === "number";
-    ws.send(encode(isStored ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
+    ws.send(encode(typeof answer === "number" ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
   }
 
   /** RULE 3: whoever is in the room comes back and resumes. */
