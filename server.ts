@@ -669,8 +669,7 @@ class SqliteBroker implements Broker {
 
   append(post: Post): void {
     const { room, text, key } = post;
-    const mustWait = room.waiting.length > 0 || (key && !room.keys);
-    if (!mustWait) return this.#gatherer.add(post, text.length);
+    if (room.waiting.length === 0 && (room.keys || !key)) return this.#gatherer.add(post, text.length);
     if (room.waiting.push(post) > 1) return;
     this.#loadKeys(room).catch((error: Error) => this.rooms.unreadable(room, error));
   }
@@ -1624,14 +1623,13 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
 /** Upgrades to a WebSocket: a ladder of guards, each with its status and sentence. */
 function handshake(request: Request, url: URL, server: Server, access: Access): Response | undefined {
   const { headers } = request;
-  const { config } = access;
   if (headers.get("upgrade")?.toLowerCase() !== "websocket") {
     return refuse(426, "Here a WebSocket is expected.", { Upgrade: "websocket", Connection: "Upgrade" });
   }
   if (headers.get("sec-websocket-version") !== "13") {
     return refuse(426, "The WebSocket version is 13.", { "Sec-WebSocket-Version": "13" }); // RFC 6455 section 4.2.2
   }
-  if (!originAllowed(headers, config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
+  if (!originAllowed(headers, access.config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
   const roomName = roomOf(url.pathname.slice("/ws/".length));
   if (roomName === undefined) {
     return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
@@ -1645,7 +1643,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   if (isRefused && !isChat) return role;
   const name = cleanName(url.searchParams.get("name") || "Guest");
   if (name === undefined) return refuse(400, ERRORS["bad-name"]);
-  const address = addressOf(request, server, config.proxies);
+  const address = addressOf(request, server, access.config.proxies);
   const network = networkOf(address);
   const from = idOf(request, roomName);
   const resume = placeOf(url.searchParams);
