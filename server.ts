@@ -334,7 +334,7 @@ class TokenBuckets<Owner> {
   }
 }
 
-// ─── Rooms and members ──────────────────────────────────────────────────────────────────
+// ─── Rooms and members ───────────────────────────────────────────────────────────────────────────────────────────────
 
 type Server = Bun.Server<Member>;
 type Socket = Bun.ServerWebSocket<Member>;
