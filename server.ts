@@ -1142,8 +1142,8 @@ class RedisBroker implements Broker {
       for (const room of this.#rooms()) if (room.elsewhere.delete(server)) this.rooms.presenceChanged(room);
     }
     if (++this.#beats % KEEP_BEATS > 0) return;
-    const keys = this.#rooms().flatMap((room) => this.#keys(room));
-    for (const key of keys) link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
+    for (const key of this.#rooms().flatMap(this.#keys))
+      link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
   }
 
   /** Sent whole: Redis may have forgotten its hash. */
@@ -1448,7 +1448,7 @@ function idOf(request: Request, room: string): string | undefined {
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
 }
 
-/** The key signs sessions: made slowly, so that a stolen one is no quick way to the password. The cookie is named after it. */
+/** The key, made slowly, signs sessions: a stolen one is no quick way to the password. The cookie is named after it. */
 type Password = { role: Role; password: string; key: Buffer; cookie: string };
 
 /**
@@ -1461,8 +1461,8 @@ class Access {
   readonly isOpen: boolean; // nobody is asked
 
   constructor(readonly config: Config) {
-    const { operator, password: guest } = config;
-    for (const [role, password] of Object.entries({ operator, guest }) as [Role, string][]) {
+    const given = Object.entries({ operator: config.operator, guest: config.password });
+    for (const [role, password] of given as [Role, string][]) {
       if (!password) continue;
       const key = scryptSync(password, "chat session", 32);
       // A browser keeps one jar for all the ports of a host: each password has a cookie of its own.
@@ -1558,8 +1558,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     clearInterval(sweeping);
     await Promise.all(brokers.map((broker) => broker.drain()));
     rooms.closeAll();
-    // Whoever has not answered by then is cut.
-    await Promise.race([closed, Bun.sleep(CLOSE_MS)]);
+    await Promise.race([closed, Bun.sleep(CLOSE_MS)]); // whoever has not answered by then is cut
     for (const broker of brokers) broker.stop();
     void rooms.server.stop(true);
   };
@@ -1588,10 +1587,8 @@ function makeHandlers(rooms: Rooms, access: Access) {
       backpressureLimit: BACKPRESSURE_BYTES,
       closeOnBackpressureLimit: true,
       sendPings: false, // `checkSilence` sends them
-      // For closing sockets, which are in no room any more.
-      idleTimeout: 2 * Math.ceil(config.silenceSeconds),
-      // Costs more time than it saves, and each socket a window.
-      perMessageDeflate: false,
+      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for closing sockets, which are in no room any more
+      perMessageDeflate: false, // it costs more time than it saves, and each socket a window
       open: (ws: Socket) => rooms.enter(ws),
       message: (ws: Socket, data: string | Buffer) => rooms.inbox.receive(ws, data),
       ping: isHeard,
@@ -1609,8 +1606,7 @@ function makeHandlers(rooms: Rooms, access: Access) {
 function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
-  // Always set: Bun's default is true when `development` is false.
-  const reusePort = config.reusePort === "1";
+  const reusePort = config.reusePort === "1"; // always set: Bun's default is true when `development` is false
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
@@ -1669,8 +1665,8 @@ function placeOf(query: URLSearchParams): Visitor["resume"] {
 }
 
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
-  const type = { "Content-Type": "text/plain; charset=utf-8" };
-  return new Response(`${sentence}\n`, { status, headers: { ...type, ...headers } });
+  const type = "text/plain; charset=utf-8";
+  return new Response(`${sentence}\n`, { status, headers: { "Content-Type": type, ...headers } });
 }
 
 /** Answers with the page, whose headers and compressed form are made once. */
