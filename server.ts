@@ -779,8 +779,10 @@ class SqliteBroker implements Broker {
         // A client that has just left may have posted.
         this.#gatherer.flush();
         if (this.rooms.open.has(room.name)) continue;
-        this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
-        this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
+        const forget = this.#db.transaction(() => {
+          for (const from of ["messages WHERE room", "rooms WHERE id"]) this.#db.run(`DELETE FROM ${from} = ?`, [id]);
+        });
+        forget.immediate();
         this.rooms.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
       }
     } catch (error) {
@@ -1371,8 +1373,7 @@ class Rooms {
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
     for (const { ws, heardAt } of this.#members()) {
-      // While paused, its answers are not read.
-      const silent = ws.isPaused ? 0 : performance.now() - heardAt;
+      const silent = ws.isPaused ? 0 : performance.now() - heardAt; // while paused, its answers are not read
       if (silent >= silenceMs) ws.terminate();
       else if (silent >= silenceMs / 3) ws.ping();
     }
@@ -1612,9 +1613,8 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
     if (code === "EADDRINUSE") throw new StartError(`PORT=${port}: another program listens there; set another.`);
-    if (tls && /ENOENT|EACCES|OSSL/.test(code ?? "")) {
-      throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${message}`);
-    }
+    const files = tls && /ENOENT|EACCES|EISDIR|OSSL/.test(code ?? "") && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}`;
+    if (files) throw new StartError(`${files}: cannot be used: ${message}`);
     if (host === "") return Bun.serve({ ...options, hostname: "0.0.0.0" }); // a machine without IPv6
     throw new StartError(`HOST=${host} PORT=${port}: cannot listen: ${message}`);
   }
