@@ -433,7 +433,7 @@ class Inbox {
   receive(ws: Socket, data: string | Buffer): void {
     const member = ws.data;
     member.heardAt = performance.now();
-    if (ws.readyState !== WebSocket.OPEN) return; // it came with a frame that closed the connection
+    if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
     // A ping passes the queue, or a client that is slowed would take its connection for dead.
