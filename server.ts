@@ -574,7 +574,7 @@ interface Broker {
   stop(): void;
 }
 
-/** Batches items under load, as long as sending takes; after a quiet time, one is handled at once. */
+/** Batches items under load, as long as sending takes; after a quiet time, handles one at once. */
 class Gatherer<Item extends { room: Room }> {
   readonly #items: Item[] = [];
   #characters = 0;
