@@ -1075,7 +1075,7 @@ class RedisBroker implements Broker {
   async drain(): Promise<void> {
     const until = performance.now() + DRAIN_MS;
     while (this.#storing > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
-    await Bun.sleep(GATHER_MS); // to hear of it
+    await Bun.sleep(GATHER_MS); // to hear
     this.#gatherer.flush();
   }
 
