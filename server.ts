@@ -1,6 +1,6 @@
 /// <reference types="bun-types" />
 /**
- * A chat server in one file, to be read from top to bottom. A message passes through it in the order of the file:
+ * A chat server in one file. A message passes through it from top to bottom:
  *
  *    socket ── text frame ──▶ receive     parses the frame and checks its size
  *                                │
@@ -17,15 +17,14 @@
  *   RULE 1  Never await between the commit (Redis: the notification) and publish: the order stored is the order seen.
  *   RULE 2  Never await between the last replayed message and `ws.subscribe`: nobody joins into a gap.
  *   RULE 3  In doubt, lose the room: close its sockets with 1013 and forget it. Clients resume exactly, so this is the
- *           only recovery; nothing here repairs, bridges or catches up.
+ *           only recovery.
  *
  * Two dialects meet in every room. "Plain" sockets exchange bare texts; those with the subprotocol `chat.v1` the JSON
- * objects typed below: they get names, history, presence, and every message with its place in the log.
+ * objects typed below: names, history, presence, and every message with its seq.
  */
 import { Database, type Statement } from "bun:sqlite";
 import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
 import { closeSync, existsSync, openSync, realpathSync } from "node:fs";
-import { networkInterfaces } from "node:os";
 import { setTimeout as sleep } from "node:timers/promises";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
@@ -33,64 +32,73 @@ import { version } from "./package.json";
 
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-const MAX_TEXT = 16 * 1024; // bytes of UTF-8 in the text of one message
-const MAX_FRAME = 64 * 1024; // bytes of a client's frame; a longer one closes with 1009
-const MAX_NAME = 32; // characters (Unicode code points) of a person's name
-const MAX_ROOM = 64; // characters of a room's name
+// What a client may send.
+const MAX_TEXT = 16 * 1024; // bytes of UTF-8
+const MAX_FRAME = 64 * 1024; // bytes; a longer one closes with 1009
+const MAX_NAME = 32; // code points
+const MAX_ROOM = 64; // code points
 const MAX_STRIKES = 10; // frames outside the protocol, until it closes with 1008
+// What a client is sent.
 const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a fresh start
+const PAGE_BYTES = 256 * 1024; // of text in both, as JSON: half of BACKPRESSURE_BYTES
 const RESUME_MESSAGES = 1000; // that a client may miss and still resume
-const PAGE_BYTES = 256 * 1024; // of text in a page or hello, as JSON: half of BACKPRESSURE_BYTES
-const CACHED_HELLOS = 64; // kept ready in the whole server: at most some 20 MB
+const CACHED_HELLOS = 64; // in the whole server: some 20 MB
 const BEHIND_MS = 100; // for this server to hear what a client has seen on another
 const PRESENCE_PEOPLE = 100; // listed in a presence frame; the count is exact
 const PRESENCE_MS = 1000; // between two presence frames of a room
 const TYPING_MS = 2000; // between two typing frames of a sender that are passed on
+// Rates: CHAT_RATE is that of one connection.
 const BURST_SECONDS = 10; // worth of frames that a silent sender may send at once
 const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
 const FREE_TRIES = 5; // wrong passwords of an address at once; then one a minute
-const MAX_BUCKETS = 10_000; // token buckets of each kind, the newest
-const QUEUE_BYTES = 1024 * 1024; // in a sender's queue, until its socket is read no further
-const QUEUE_FRAME_BYTES = 64; // of a queued frame beside its text: tiny ones count too
+const MAX_BUCKETS = 10_000; // of each kind
+// What is buffered for one connection.
+const QUEUE_BYTES = 1024 * 1024; // from a sender, until its socket is read no further
+const QUEUE_FRAME_BYTES = 64; // for each queued frame beside its text
 const BACKPRESSURE_BYTES = 512 * 1024; // for a slow reader: with the frame that passes it, 1 MiB
-const GATHER_MS = 6; // of gathering under load: it saves a system call for every socket
-const GATHER_POSTS = 32; // that end the gathering at once
-const GATHER_CHARACTERS = 64 * 1024; // (UTF-16 units) that end it at once
-const STEP_MESSAGES = 1000; // trimmed or exported at once: few, so that posts get in between
-const MAX_BODY = 4096; // bytes of a request's body: a password
+// Under load messages are gathered, which saves system calls, until one of these is reached.
+const GATHER_MS = 6;
+const MAX_GATHER_MS = 20; // for 1,000 people
+const GATHER_POSTS = 32;
+const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
+const STEP_MESSAGES = 1000; // trimmed, exported or sent to Redis at once: few, so that others get in between
+const STEP_KEYS = 10_000; // read at once: 5 ms
+// Requests and cookies.
+const MAX_BODY = 4096; // bytes: a password
 const DAY_SECONDS = 24 * 60 * 60;
 const SESSION_SECONDS = 30 * DAY_SECONDS; // of the cookie that a password gives
 const IDENTITY_SECONDS = 365 * DAY_SECONDS; // of the cookie that makes a browser's ids
-const DRAIN_MS = 800; // that `stop` waits for the store, and less than 3 s with the next
-const CLOSE_MS = 2000; // that it waits for clients to answer the Close frame
+// How long `stop` waits: together less than 3 s.
+const DRAIN_MS = 800; // for the store
+const CLOSE_MS = 2000; // for clients to answer the Close frame
 
 // ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
 
 /** An entry of a room's log, as it is stored and as every `chat.v1` client sees it. */
 export interface Message {
-  seq: number; // its place in the room's log: 1, 2, 3 … without a gap
-  at: number; // when the server received it: milliseconds since 1970
-  name: string; // the sender's name; nothing proves it
-  from?: string; // the sender's id in this room; absent without its cookie
+  seq: number; // 1, 2, 3 … without a gap
+  at: number; // milliseconds since 1970
+  name: string; // of the sender, who may have made it up
+  from?: string; // the sender's id in this room, which its cookie proves
   text: string;
-  removes?: number; // the seq that this entry takes back; the entry has no text
+  removes?: number; // the seq of the message that this entry takes back
   removed?: true; // it was taken back: its text is gone
-  key?: string; // the sender's; absent from plain sockets
+  key?: string; // made by a chat.v1 sender
 }
 
 /** Somebody who is in a room. */
 export type Person = Pick<Message, "name" | "from">;
 export type Role = "guest" | "operator";
 
-/** What the server sends to a `chat.v1` client: one JSON object in each text frame. */
+/** What the server sends to a `chat.v1` client. */
 export type ServerFrame =
   | {
       type: "hello"; // always the first frame
       you?: string; // the client's own id, if it has one
       role?: Role; // only where the server has an operator
       epoch: string; // names this log; seqs of another mean nothing in it
-      first: number; // the oldest seq kept, and the newest; an empty log has 1 and 0
-      last: number;
+      first: number; // the oldest seq kept; 1 if there is none
+      last: number; // the newest; 0 if there is none
       resumed: boolean; // `messages` is exactly what was missed; else start afresh from them
       messages: Message[];
       limits: { text: number; name: number };
@@ -105,7 +113,7 @@ export type ServerFrame =
 
 type ErrorFrame = { type: "error"; code: ErrorCode; text: string; key?: string };
 
-/** What a `chat.v1` client sends: the fields of each type of frame, by values of their types. */
+/** What a `chat.v1` client sends: each type of frame, and a sample of each field. */
 const CLIENT_FRAMES = {
   post: { key: "", text: "" }, // a plain socket's frame becomes one with the key ""
   remove: { key: "", seq: 0 },
@@ -117,7 +125,7 @@ const CLIENT_FRAMES = {
 type ClientFrames = { [Type in keyof typeof CLIENT_FRAMES]: { type: Type } & (typeof CLIENT_FRAMES)[Type] };
 export type ClientFrame = ClientFrames[keyof ClientFrames];
 
-/** What can be wrong with a client's frame. Only `bad-frame` counts towards {@link MAX_STRIKES}. */
+/** What can be wrong with a client's frame. Only `bad-frame` is a strike. */
 const ERRORS = {
   "bad-frame": "The frame is not of the protocol chat.v1.",
   "bad-key": "A key is 1 to 64 characters of A-Z, a-z, 0-9, _ and -.",
@@ -129,14 +137,13 @@ const ERRORS = {
 };
 export type ErrorCode = keyof typeof ERRORS;
 
-/** Close codes: RFC 6455 section 7.4.1, the IANA registry (1013), and the private range (4401). */
+/** Close codes of RFC 6455, the IANA registry (1013) and the private range (4401). */
 const CLOSE = { goingDown: 1001, binary: 1003, protocol: 1008, tooBig: 1009, bug: 1011, tryAgain: 1013, login: 4401 };
-
 const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
 const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
 
-/** Parses a `chat.v1` frame and checks its shape; the values are checked where they are used. */
+/** Checks the fields of a `chat.v1` frame and their types; the values are checked where they are used. */
 function parseFrame(data: string): ClientFrame | ErrorFrame {
   let frame: Record<string, unknown>;
   try {
@@ -152,7 +159,6 @@ function parseFrame(data: string): ClientFrame | ErrorFrame {
   const names = Object.keys(sample);
   const fits = names.every((name) => typeof frame[name] === typeof sample[name]);
   if (fits && Object.keys(frame).length === names.length + 1) return frame as ClientFrame;
-  // Lists the known fields, not the unknown, which may be long.
   const list = names.map((name) => `, ${name} (a ${typeof sample[name]})`);
   return badFrame(`"${type}" has the fields type${list.join("")}, and no others.`);
 }
@@ -165,15 +171,17 @@ const badFrame = (text: string) => errorFrame("bad-frame", "", text);
 const isSeq = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 1;
 /** A frame as JSON; fields that are undefined are left out. */
 const encode = (frame: ServerFrame) => JSON.stringify(frame);
+const PONG = encode({ type: "pong" });
 /** A UTF-16 unit takes one to three bytes of UTF-8. */
 const isTooLong = (text: string) => text.length * 3 > MAX_TEXT && Buffer.byteLength(text) > MAX_TEXT;
 /** A name as it is shown, or undefined when it cannot be given. */
 const cleanName = (name: string) => cleanLine(name.toWellFormed().trim(), MAX_NAME) || undefined;
 
-/** A text, NFC-normalised; undefined when it has too many code points, or control characters. */
+/** A text, NFC-normalised; undefined when it is too long, or has control characters. */
 function cleanLine(text: string, max: number): string | undefined {
   const clean = text.normalize("NFC");
-  return [...clean].length > max || CONTROL.test(clean) ? undefined : clean;
+  const isTooLong = clean.length > max && [...clean].length > max;
+  return isTooLong || CONTROL.test(clean) ? undefined : clean;
 }
 
 /** The room that a path names after `/ws/`; `""` is the lobby. Undefined when it names none. */
@@ -185,11 +193,9 @@ function roomOf(path: string): string | undefined {
   }
 }
 
-/** A random text: so many bits, in hexadecimal. */
 const randomHex = (bits: number) => Buffer.from(crypto.getRandomValues(new Uint8Array(bits / 8))).toString("hex");
 const sha256 = (text: string, encoding: "hex" | "base64" | "base64url") =>
   new Bun.CryptoHasher("sha256").update(text).digest(encoding);
-/** The entries of a list that is separated by commas. */
 const splitList = (list: string) => list.split(",").flatMap((entry) => entry.trim() || []);
 /** For what may fail without harm. */
 const ignore = () => {};
@@ -200,7 +206,7 @@ const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
 const REDIS = /^(redis|valkey)s?:\/\/./;
 const ORIGIN = /^(\*|(https?:\/\/)?[^/?#*@\s]+)$/;
 
-/** Throws what is allowed where `read` finds nothing. */
+/** A reader that throws what is allowed when `read` finds nothing. */
 function check<T>(allowed: string, read: (value: string) => T | undefined): (value: string) => T {
   return (value) => {
     const found = read(value);
@@ -222,7 +228,7 @@ const listOf = (form: RegExp, what: string) =>
     return entries.every((entry) => form.test(entry)) ? entries : undefined;
   });
 
-/** Of each setting the variable, the default, the check, and the line of `--help`. */
+/** The variable of each setting, its default, its check, and its line of `--help`. */
 const SETTINGS = {
   port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: a free one"],
   host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
@@ -232,11 +238,16 @@ const SETTINGS = {
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
   password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
   operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
-  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect beside its own"],
+  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect too"],
   proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
-  idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "until a room that nobody uses is forgotten; 0: never"],
-  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of each connection; 0: no limit"],
+  idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "days until an unused room is forgotten; 0: never"],
+  rate: [
+    "CHAT_RATE",
+    "20",
+    wholeNumber(0, 1_000_000),
+    "frames a second of a connection; ten times that of an address; 0: any",
+  ],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
   reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
@@ -245,17 +256,14 @@ const SETTINGS = {
 
 /** What a chat is started with: the settings, and two times that only tests shorten. */
 export type Config = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typeof SETTINGS)[Name][2]> } & {
-  readonly silenceSeconds: number; // until a connection is ended; under 60, so that proxies see traffic
-  readonly expireMs: number; // from the start to the first look for idle rooms, and between two
+  readonly silenceSeconds: number; // until a dead connection is ended; under 60, so that proxies see traffic
+  readonly expireMs: number; // between two looks for idle rooms
 };
 
-/** A mistake of the operator, told in one line, such as a bad value or a port in use. */
+/** An error of the operator, such as a bad value or a port in use, told in one line. */
 export class StartError extends Error {}
 
-/**
- * Reads the configuration from environment variables; unset and empty ones take their defaults.
- * @throws StartError that names the variable, its value and what is allowed
- */
+/** Unset and empty variables have their defaults. @throws StartError with the variable, its value and what is allowed */
 export function readConfig(env: Record<string, string | undefined>): Config {
   const entries = Object.entries(SETTINGS).map(([name, [variable, fallback, read]]) => {
     const value = env[variable] || fallback;
@@ -276,12 +284,11 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   return Object.freeze(config);
 }
 
-/** URLs without what stands before the last @ of each: a password may have an @. */
+/** Hides what stands before the last @ of each URL: a password may have an @. */
 const withoutPassword = (urls: string) => urls.replace(/\/\/[^,]*@/g, "//…@");
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
 
-/** Prints lines up to a level: errors to standard error, the rest to standard output. */
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
@@ -293,14 +300,14 @@ function makeLogger(upTo: Config["logLevel"]): Logger {
   };
 }
 
-/** Drops the entry that was added first, when there are more than so many. */
-function dropOldest<Key>(map: Map<Key, unknown>, max: number): void {
-  if (map.size > max) map.delete(map.keys().next().value as Key);
+/** Keeps a cache small: drops the entry that was added first. */
+function dropOldest<Key>(entries: Map<Key, unknown> | Set<Key>, max: number): void {
+  if (entries.size > max) entries.delete(entries.keys().next().value as Key);
 }
 
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
-/** A token bucket for each owner: `burst` at once after a silence, `perSecond` on average. */
+/** A bucket for each owner: `burst` tokens after a silence, `perSecond` on average. */
 class TokenBuckets<Owner> {
   readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
 
@@ -328,69 +335,68 @@ class TokenBuckets<Owner> {
   }
 }
 
-// ─── Rooms and their members: what is known of them ──────────────────────────────────────────────────────────────────
+// ─── Rooms and members ───────────────────────────────────────────────────────────────────────────────────────────────
 
 type Server = Bun.Server<Member>;
 type Socket = Bun.ServerWebSocket<Member>;
 
 /** What the handshake learns of a client. */
 interface Visitor {
-  readonly roomName: string;
-  readonly address: string; // where it comes from, for the log
-  readonly network: string; // whose rate it shares; "": this machine itself, which is free
-  readonly isChat: boolean; // it speaks chat.v1; else plain
-  readonly from: string | undefined; // its id in this room, if it brought the cookie
-  readonly role: Role;
-  readonly resume: { readonly epoch: string; readonly after: number } | undefined; // where it left off
+  roomName: string;
+  address: string; // for the log
+  network: string; // whose rate it shares; "": this machine, which is free
+  isChat: boolean; // it speaks chat.v1; else plain
+  from: string | undefined; // its id in this room, if it has the cookie
+  role: Role;
+  resume: { epoch: string; after: number } | undefined; // where it left off
 }
 
-type MemberState =
-  | "joining" // its hello is not out yet: its frames wait in the queue
-  | "here" // it gets every message of its room, and its frames are acted on
-  | "refused" // it was sent away: what it sends now would overtake what it must send again, and is ignored
-  | "gone"; // its socket is closed
+/**
+ * Joining: its frames wait in the queue until its hello is out. Here: it gets every message of its room. Refused: it
+ * was sent away, without a password, or because its room was lost. Gone: its socket is closed.
+ */
+type MemberState = "joining" | "here" | "refused" | "gone";
 
 /** One connection, as `ws.data`. */
 class Member {
   state: MemberState = "joining";
   ws!: Socket; // set, as the room is, when the socket opens
   room!: Room;
-  heardAt = performance.now(); // when something last came from it, on the monotonic clock
+  heardAt = performance.now(); // when something last came from it
   queue: { frame: ClientFrame | ErrorFrame; bytes: number }[] = []; // what came too fast, or before the hello
   queueBytes = 0;
-  draining: Timer | undefined; // comes back for the queue
+  draining: Timer | undefined; // until the next token for the queue
   strikes = 0; // frames outside the protocol
   typedAt = -Infinity;
 
   constructor(
     public name: string,
-    readonly visitor: Visitor,
+    readonly visitor: Readonly<Visitor>,
   ) {}
 }
 
-/** Who is in a room on one server. */
-interface Here {
-  readonly ids: string[]; // everybody who has an id, once
-  readonly nameless: number; // sockets without an id
-  readonly people: Person[]; // those of chat.v1, at most PRESENCE_PEOPLE
-}
+/**
+ * Who is in a room on one server: each id once, the number of sockets without one, and of those who speak chat.v1 at
+ * most PRESENCE_PEOPLE.
+ */
+type Here = { ids: string[]; nameless: number; people: Person[] };
 
-/** A room while somebody is in it: one object for the rooms and the broker. */
+/** A room while somebody is in it. */
 class Room {
-  state: "opening" | "open" | "closed" = "opening"; // closed: the last member has left, or the room is lost
+  state: "opening" | "open" | "closed" = "opening"; // closed: nobody is in it, or it was lost
   opened!: Promise<void>; // settles when its log is open
   readonly members = new Set<Member>();
   // What the brokers set:
   epoch = ""; // names its log
   first = 1; // the oldest seq in the store
-  last = 0; // the newest, and that of the last message delivered
-  row = 0; // SQLite: its row; 0 until its first message is stored
-  keys: Map<string, number> | undefined; // SQLite: the seqs of its messages by key, once they are needed
-  waiting: Post[] = []; // Redis: posts to be stored next
+  last = 0; // the newest, which was delivered
+  row = 0; // SQLite: its id; 0 until its first message is stored
+  keys: Map<string, number> | undefined; // SQLite: seqs by key, once they are needed
+  waiting: Post[] = []; // posts to be stored next; SQLite: once the keys are read
   isStoring = false; // Redis: whether others are being stored
   early: Heard[] = []; // Redis: what was heard while the room was opening
   // What the rooms set:
-  readonly pendingJoins = new Set<Message[]>(); // what was delivered since a joining member began to read the log
+  readonly pendingJoins = new Set<Message[]>(); // for each who is joining: what was delivered since it read the log
   readonly elsewhere = new Map<string, Here>(); // who is here on other servers
   announced = ""; // who is here on this one, as the others were last told
   presence = ""; // the last presence frame
@@ -404,7 +410,6 @@ class Room {
     readonly plainTopic = `plain/${name}`,
   ) {}
 
-  /** As the server's own log names it. */
   toString(): string {
     return this.name === "" ? "the lobby" : `room "${this.name}"`;
   }
@@ -412,13 +417,11 @@ class Room {
 
 // ─── In: receive and pace ────────────────────────────────────────────────────────────────────────────────────────────
 
-const PONG = encode({ type: "pong" });
-
-/** Takes frames from sockets, at each sender's rate, and hands posts to the broker. */
+/** Takes the frames of all sockets, at each sender's rate. */
 class Inbox {
-  isStopping = false; // the server goes down: frames are ignored
+  isStopping = false;
   readonly senders: TokenBuckets<Member>;
-  readonly addresses: TokenBuckets<string>; // many people may be behind one: it has several connections' worth
+  readonly addresses: TokenBuckets<string>; // many people may be behind one
 
   constructor(readonly rooms: Rooms) {
     const { rate } = rooms.config;
@@ -427,21 +430,18 @@ class Inbox {
     this.addresses = new TokenBuckets({ perSecond, burst: perSecond * BURST_SECONDS });
   }
 
-  /** A frame arrived. */
   receive(ws: Socket, data: string | Buffer): void {
     const member = ws.data;
     member.heardAt = performance.now();
-    if (ws.readyState !== WebSocket.OPEN) return; // read together with a frame that closed the connection
+    if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
-    const frame: ClientFrame | ErrorFrame = member.visitor.isChat
-      ? parseFrame(data)
-      : { type: "post", key: "", text: data };
-    // A ping passes the queue, or a client that is slowed would take its connection for dead. Never before the hello.
+    const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
+    // A ping passes the queue, or a client that is slowed would take its connection for dead.
     if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
     this.pace(member, frame, data.length);
   }
 
-  /** A frame waits its turn in the sender's queue: none while the sender keeps to the rate. */
+  /** Queues a frame, and acts on it at once while its sender keeps to the rate. */
   pace(member: Member, frame: ClientFrame | ErrorFrame, length: number): void {
     const bytes = length + QUEUE_FRAME_BYTES;
     member.queue.push({ frame, bytes });
@@ -450,7 +450,7 @@ class Inbox {
     if (member.queueBytes >= QUEUE_BYTES && !member.ws.isPaused) member.ws.pause();
   }
 
-  /** Acts on as many frames as the rates allow, and comes back for the rest. */
+  /** Acts on as many frames as the rates allow; a timer comes back for the rest. */
   drain(member: Member): void {
     if (member.draining) return;
     let wait = 0;
@@ -462,15 +462,15 @@ class Inbox {
     if (member.state !== "here") return;
     if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
     if (member.queue.length === 0) return;
-    const again = () => {
+    // Many connections may wait for one address: each looks no more often than its own tokens come.
+    wait = Math.max(wait, 1000 / this.rooms.config.rate);
+    member.draining = setTimeout(() => {
       member.draining = undefined;
       this.drain(member);
-    };
-    // No more often than its own tokens come, though many connections may wait for one address.
-    member.draining = setTimeout(again, Math.max(wait, 1000 / this.rooms.config.rate));
+    }, wait);
   }
 
-  /** Takes a token of the sender and of its address; or returns the milliseconds until there are both. */
+  /** Takes a token of the sender and of its address, or returns the milliseconds to wait for both. */
   #takeTokens(member: Member): number {
     if (this.rooms.config.rate === 0) return 0;
     const { network } = member.visitor;
@@ -483,7 +483,8 @@ class Inbox {
 
   /** Does what a frame asks, or tells its sender what is wrong with it. */
   #act(member: Member, frame: ClientFrame | ErrorFrame): void {
-    if (this.isStopping || member.state === "refused") return;
+    // In a lost room, a frame would overtake those that the client must send again.
+    if (this.isStopping || member.room.state === "closed") return;
     const error = frame.type === "error" ? frame : this.#refusal(member, frame);
     if (!error) return;
     member.ws.send(encode(error));
@@ -500,7 +501,6 @@ class Inbox {
     if (type === "name") return this.#rename(member, frame.name);
     if (type === "typing") this.#typing(member);
     else member.ws.send(PONG);
-    return undefined;
   }
 
   /** Hands a post to the broker, or the removal of a message. */
@@ -511,7 +511,7 @@ class Inbox {
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
     if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
     if (removes !== undefined && !isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
-    // A lone surrogate has no UTF-8: replaced here, it looks the same now and when it is read later.
+    // A lone surrogate has no UTF-8: replaced now, it looks the same live and when it is read later.
     const post = { at: Date.now(), name, from, text: text.toWellFormed(), removes, key: key || undefined };
     room.broker.append({ room, sender: ws.data, ...post });
   }
@@ -542,49 +542,44 @@ class Inbox {
   }
 }
 
-/** The oldest seq that counts as kept: what the store has before it is trimmed in time. */
+/** The oldest seq that counts as kept: the store trims later. */
 const firstKept = (room: Room, { history }: Config) => Math.max(room.first, room.last - history + 1);
 
 // ─── Brokers: append ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** A post, or a removal, on its way to the log. */
-interface Post extends Omit<Message, "seq" | "removed"> {
-  readonly room: Room;
-  readonly sender: Member;
-}
+type Post = Omit<Message, "seq" | "removed"> & { room: Room; sender: Member };
 
 /** The seq of the message that a post already is, or why it is refused. */
 type Answer = number | "gone" | "not-yours";
 
-/** What a server tells the others of a room: who is there, who types; or nothing, to ask who is there. */
-type Notice = { readonly here?: Here; readonly typing?: string };
+/** What a server tells the others of a room: who is there, or who types. An empty one asks who is there. */
+type Notice = { here?: Here; typing?: string };
 
-/** Keeps the logs of rooms. In doubt about a post, or about what comes next, it loses the room. */
+/** Keeps the logs of rooms. In doubt, it loses a room. */
 interface Broker {
-  /** Begins; resolves when posts can be taken, or when it is clear that they cannot for now. */
+  /** Resolves when the store can be used, or when it is clear that it cannot for now. */
   start(): Promise<void>;
-  /** Opens a room: sets its epoch, first and last, and its state. @throws when the store cannot be reached */
+  /** Sets the epoch, first, last and state of a room. @throws when the store cannot be reached */
   open(room: Room): Promise<void>;
   /** Ends what `open` began. */
   close?(room: Room): void;
   /** Stores a post, then delivers it, or answers its sender, or loses the room. */
   append(post: Post): void;
-  /** Messages with `from <= seq <= to`, ascending: the newest {@link PAGE_BYTES} of them. */
+  /** The messages with these seqs, ascending: the newest {@link PAGE_BYTES} of them. */
   read(room: Room, from: number, to: number): Promise<Message[]>;
-  /** Tells the other servers, where there are any. */
   tell?(room: Room, notice: Notice): void;
   /** Stores and delivers what still waits. */
   drain(): Promise<void>;
-  /** Closes the store. */
   stop(): void;
 }
 
-/** Gathers items under load: after {@link GATHER_MS} of quiet one is handled alone, else all of that time together. */
-class Gatherer<Item> {
-  #items: Item[] = [];
+/** Batches items under load, as long as sending takes; after a quiet time, handles one at once. */
+class Gatherer<Item extends { room: Room }> {
+  readonly #items: Item[] = [];
   #characters = 0;
   #timer: Timer | undefined;
-  #doneAt = -Infinity; // when the last batch was done, on the monotonic clock
+  #doneAt = -Infinity; // when the last batch was handled
 
   constructor(readonly handle: (items: Item[]) => void) {}
 
@@ -592,29 +587,30 @@ class Gatherer<Item> {
     this.#items.push(item);
     this.#characters += characters;
     const isEnough = this.#items.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
-    const isQuiet = this.#items.length === 1 && performance.now() - this.#doneAt >= GATHER_MS;
+    const waitMs = Math.min(MAX_GATHER_MS, Math.max(GATHER_MS, item.room.members.size / 50));
+    const isQuiet = this.#items.length === 1 && performance.now() - this.#doneAt >= waitMs;
     if (isEnough || isQuiet) this.flush();
-    else this.#timer ??= setTimeout(() => this.flush(), GATHER_MS);
+    else this.#timer ??= setTimeout(() => this.flush(), waitMs);
   }
 
   flush(): void {
     clearTimeout(this.#timer);
     this.#timer = undefined;
     if (this.#items.length === 0) return;
-    const items = this.#items;
-    this.#items = [];
+    const items = this.#items.splice(0);
     this.#characters = 0;
     this.handle(items);
     this.#doneAt = performance.now();
   }
 }
 
-/** Of messages, newest first, as many as fit in {@link PAGE_BYTES}, but one at least: ascending. */
+/** The newest messages that fit in {@link PAGE_BYTES}, one at least, ascending. */
 function newestThatFit(newestFirst: Iterable<Message>): Message[] {
   const messages: Message[] = [];
   let bytes = 0;
   for (const message of newestFirst) {
-    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2; // as it is sent: a control character takes six bytes
+    // As sent: a control character takes six bytes.
+    bytes += Buffer.byteLength(JSON.stringify(message.text)) - 2;
     if (bytes > PAGE_BYTES && messages.length > 0) break;
     messages.push(message);
   }
@@ -639,13 +635,12 @@ function messageOf(row: Row): Message {
   return { ...kept, removed: removed ? true : undefined, key: key ?? undefined };
 }
 
-/** Keeps the logs in one SQLite file. What waits together is committed in one transaction, then delivered. */
+/** Keeps the logs in one SQLite file: commits a batch in one transaction, then delivers it. */
 class SqliteBroker implements Broker {
   readonly #db: Database;
   readonly #close: () => void;
-  readonly #insert: Statement;
   readonly #select: Statement<Row, [number, number, number]>;
-  readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // or none of them
+  readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // all, or none
   readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
   #trimming: Timer | undefined;
   #expiring: Timer | undefined;
@@ -655,26 +650,46 @@ class SqliteBroker implements Broker {
     const { db, close } = openLocked(rooms.config);
     this.#db = db;
     this.#close = close;
-    this.#insert = db.query(INSERT_MESSAGE);
     this.#select = db.query(`SELECT ${COLUMNS} FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC`);
     this.#storeAll = db.transaction((posts: Post[]) => posts.map((post) => this.#store(post))).immediate;
   }
 
   async start(): Promise<void> {
-    // Not at once: a backup that is restored late must not be emptied before anyone has looked at it.
+    // Not at once: a restored backup must not be emptied before anyone has looked at it.
     const { idleDays, expireMs } = this.rooms.config;
     if (idleDays > 0) this.#expiring = setInterval(() => void this.#forgetIdle(), expireMs);
   }
 
   async open(room: Room): Promise<void> {
-    this.#gatherer.flush(); // posts of clients who have just left this room: they belong to what is read now
+    // Clients who have just left this room may have posted.
+    this.#gatherer.flush();
     const [found] = this.#db.query(FIND_ROOM).values(room.name) as [number, string, number, number][];
-    [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0]; // a visit alone leaves no trace
+    // A visit alone leaves no trace: the room is inserted with its first message.
+    [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0];
     room.state = "open";
   }
 
   append(post: Post): void {
-    this.#gatherer.add(post, post.text.length);
+    const { room, text, key } = post;
+    if (room.waiting.length === 0 && (room.keys || !key)) return this.#gatherer.add(post, text.length);
+    if (room.waiting.push(post) > 1) return;
+    this.#loadKeys(room).catch((error: Error) => this.rooms.unreadable(room, error));
+  }
+
+  /** Keys are kept in memory, because an index on them costs ten times the insert. */
+  async #loadKeys(room: Room): Promise<void> {
+    const step = this.#db.query("SELECT key, seq FROM messages WHERE room = ? AND seq > ? ORDER BY seq LIMIT ?");
+    const keys = new Map<string, number>();
+    for (let rows, last = 0; (rows = step.values(room.row, last, STEP_KEYS) as [string | null, number][]).length > 0;) {
+      for (const [key, seq] of rows) if (key) keys.set(key, seq);
+      last = rows.at(-1)![1];
+      if (rows.length === STEP_KEYS) await Bun.sleep(0);
+    }
+    room.keys = keys;
+    const posts = room.waiting.splice(0);
+    // If the room was opened anew meanwhile, the senders have left, and the seqs are another's.
+    if (room.state === "closed" && this.rooms.open.has(room.name)) return;
+    for (const post of posts) this.#gatherer.add(post, post.text.length);
   }
 
   /** Stores posts in one transaction, then delivers them. */
@@ -682,11 +697,8 @@ class SqliteBroker implements Broker {
     const stored = new Map<Room, Message[]>();
     const answers: [Post, Answer][] = [];
     try {
-      // A single statement is its own transaction, for less.
-      const isStatement = posts.length === 1 && posts.every(({ room, removes }) => room.row > 0 && !removes);
-      const outcomes = isStatement ? posts.map((post) => this.#store(post)) : this.#storeAll(posts);
-      for (const [i, post] of posts.entries()) {
-        const outcome = outcomes[i] as Message | Answer;
+      for (const [i, outcome] of this.#storeAll(posts).entries()) {
+        const post = posts[i] as Post;
         if (typeof outcome !== "object") answers.push([post, outcome]);
         else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
       }
@@ -702,34 +714,27 @@ class SqliteBroker implements Broker {
     for (const room of stored.keys()) this.#trimSoon(room);
   }
 
-  /** Writes a post as the next message of its room. If the commit fails, what it changes in the room is lost with it. */
+  /** Inserts a post as the next message. If the commit fails, the room is lost, and with it what is changed here. */
   #store({ room, sender, ...post }: Post): Message | Answer {
     const { at, name, from, text, removes, key } = post;
-    const known = key && (room.keys ??= this.#loadKeys(room)).get(key);
+    const known = key && room.keys?.get(key);
     if (known && known > room.last - this.rooms.config.history) return known;
     const refusal = removes && this.#erase(room, removes, sender);
     if (refusal) return refusal;
     if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
     const seq = ++room.last;
-    this.#insert.run(room.row, seq, at, name, from ?? null, text, removes ?? null, null, key ?? null);
+    this.#db.query<never, any[]>(INSERT_MESSAGE).run(room.row, seq, at, name, from, text, removes, null, key);
     if (key) room.keys?.set(key, seq);
     return { seq, ...post };
   }
 
-  /** Deletes the text of a message that is taken back, or says why not. */
+  /** Deletes the text of a message, or says why not. */
   #erase(room: Room, seq: number, { visitor: { from, role } }: Member): Answer | undefined {
     const target = this.#select.get(room.row, seq, seq);
     if (!target || target.removes !== null || seq <= room.last - this.rooms.config.history) return "gone";
     if (role !== "operator" && !(from && target.from === from)) return "not-yours";
     if (target.removed) return seq;
     this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
-    return undefined;
-  }
-
-  /** In memory, because an index on random keys costs ten times the insert. */
-  #loadKeys(room: Room): Map<string, number> {
-    const keys = "SELECT key, seq FROM messages WHERE room = ? AND key IS NOT NULL ORDER BY seq";
-    return new Map(this.#db.query<never, [number]>(keys).values(room.row) as [string, number][]);
   }
 
   async read(room: Room, from: number, to: number): Promise<Message[]> {
@@ -747,7 +752,7 @@ class SqliteBroker implements Broker {
     this.#close();
   }
 
-  /** Deletes a room's oldest messages, a step at a time. */
+  /** Deletes a room's oldest messages, step by step. */
   #trimSoon(room: Room): void {
     if (room.last - room.first + 1 < this.rooms.config.history + STEP_MESSAGES) return;
     this.#trimming ??= setTimeout(() => {
@@ -755,7 +760,8 @@ class SqliteBroker implements Broker {
       try {
         const step = this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key, seq");
         for (const [key, seq] of step.values(room.row, room.first + STEP_MESSAGES) as [string, number][]) {
-          if (room.keys?.get(key) === seq) room.keys.delete(key); // or it is that of a newer message by now
+          // Unless the key was posted again, as a later message.
+          if (room.keys?.get(key) === seq) room.keys.delete(key);
         }
       } catch (error) {
         return this.rooms.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
@@ -765,17 +771,20 @@ class SqliteBroker implements Broker {
     }, GATHER_MS);
   }
 
-  /** Forgets, one at a time, the rooms that nobody is in and nobody has posted to for some days. */
+  /** Forgets the rooms that nobody is in and nobody has posted to for some days. */
   async #forgetIdle(): Promise<void> {
     const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(NEXT_IDLE);
     const since = Date.now() - this.rooms.config.idleDays * DAY_SECONDS * 1000;
     try {
       for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
         id = room.id;
-        this.#gatherer.flush(); // a post of a client that has just left would go to a room that is not there
+        // A client that has just left may have posted.
+        this.#gatherer.flush();
         if (this.rooms.open.has(room.name)) continue;
-        this.#db.query("DELETE FROM messages WHERE room = ?").run(id);
-        this.#db.query("DELETE FROM rooms WHERE id = ?").run(id);
+        const forget = this.#db.transaction(() => {
+          for (const from of ["messages WHERE room", "rooms WHERE id"]) this.#db.run(`DELETE FROM ${from} = ?`, [id]);
+        });
+        forget.immediate();
         this.rooms.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
       }
     } catch (error) {
@@ -784,19 +793,20 @@ class SqliteBroker implements Broker {
   }
 }
 
-/** Opens the database, with a lock against other servers, which the system frees when the process dies. @throws StartError */
+/** Opens the database for this process alone: the system frees the lock when it dies. @throws StartError */
 function openLocked({ db: path, sync }: Config): { db: Database; close: () => void } {
   let lock: Database | undefined;
   try {
     if (path !== ":memory:") {
-      closeSync(openSync(path, "a")); // it is there from now on: by all its names the lock is the same
+      closeSync(openSync(path, "a")); // a file has one real path, whatever its names
       lock = new Database(`${realpathSync(path)}-lock`);
-      lock.run("PRAGMA busy_timeout = 500"); // of two that start at the same moment, one gets it
-      lock.run("BEGIN EXCLUSIVE"); // and keeps it: it never ends
+      lock.run("PRAGMA busy_timeout = 500"); // of two that start together, one gets it
+      lock.run("BEGIN EXCLUSIVE"); // never committed
     }
     const db = openDatabase(path, sync);
     const close = () => {
-      db.run("PRAGMA wal_checkpoint(TRUNCATE)"); // so that no text that was taken back is left there
+      // No text that was taken back is left there.
+      db.run("PRAGMA wal_checkpoint(TRUNCATE)");
       db.close();
       lock?.close();
     };
@@ -809,49 +819,53 @@ function openLocked({ db: path, sync }: Config): { db: Database; close: () => vo
   }
 }
 
-/** Opens the database for reading and writing, with its tables. @throws when that is not possible */
 function openDatabase(path: string, sync: Config["sync"]): Database {
   const db = new Database(path, { create: true, readwrite: true, strict: true });
   db.run("PRAGMA busy_timeout = 500");
   db.run("PRAGMA journal_mode = WAL");
-  db.run("PRAGMA wal_autocheckpoint = 4000"); // pages: 16 MB. A page that is written often is then copied once for many
+  // In pages: 16 MB. One that is written often is copied less often.
+  db.run("PRAGMA wal_autocheckpoint = 4000");
   db.run(`PRAGMA synchronous = ${sync}`);
-  db.run("PRAGMA secure_delete = ON"); // what was taken back is overwritten, not only unlinked
+  // What was taken back is overwritten, not only unlinked.
+  db.run("PRAGMA secure_delete = ON");
   db.run("CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)");
   db.run(`CREATE TABLE IF NOT EXISTS messages (
     room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
     PRIMARY KEY (room, seq)) WITHOUT ROWID`);
-  // These are the tables of version 1: a new file and one of that version are taken over alike.
+  // These are the tables of version 1: a new file and an old one are upgraded alike.
   const { user_version: version } = db.query("PRAGMA user_version").get() as { user_version: number };
   db.transaction(() => {
     const added = version < 2 ? ["sender TEXT", "removes INTEGER", "removed INTEGER"] : [];
     for (const column of added) db.run(`ALTER TABLE messages ADD COLUMN ${column}`);
-    db.run("PRAGMA user_version = 2"); // a write in any case: a read-only file or a full disk is found now
+    // Always a write: finds a read-only file or a full disk.
+    db.run("PRAGMA user_version = 2");
   }).immediate();
   return db;
 }
 
 // ─── Broker: Redis, for more than one server ─────────────────────────────────────────────────────────────────────────
 //
-// Keys, after CHAT_PREFIX:       state:<room>     hash: epoch, and the seq of the newest message
-//                                messages:<room>  list: the log as JSON; trimming does not move an index from its end
-//                                keys:<room>      hash: key → seq
-//                                data             a random name: another data set has another
-// Channels, after CHAT_PREFIX:   state:<room>     what was stored; who is in the room on a server; who types
-//                                servers          the servers' heartbeats
+// Keys, after CHAT_PREFIX:
+//   state:<room>     hash: epoch, and last seq
+//   messages:<room>  list: the log as JSON; an index from its end is not moved by trimming
+//   keys:<room>      hash: key → seq
+//   data             a random name of the data set
+// Channels, after CHAT_PREFIX:
+//   state:<room>     what was stored; who is here on a server; who types
+//   servers          heartbeats
 //
 // The log is the truth, the channel only the quick way to hear of it. A server delivers what it hears if that is exactly
 // what comes next; anything else is doubt (RULE 3).
 
-const RETRY_MS = 50; // between two tries to reach Redis: the first, and the longest
+const RETRY_MS = 50; // before the first try to reach Redis again; doubled until MAX_RETRY_MS
 const MAX_RETRY_MS = 1000;
-const HEARTBEAT_MS = 2000; // between two heartbeats of a server
-const SILENT_MS = 5000; // without a byte, after which a connection is given up: on each a heartbeat goes or comes
-const ALIVE_MS = 9000; // without a heartbeat, after which a server's people are gone
+const HEARTBEAT_MS = 2000;
+const SILENT_MS = 5000; // after which a connection is dead: each carries heartbeats
+const ALIVE_MS = 9000; // after a server's last sign of life, until its people are gone
 const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
 const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
-const KEEP_BEATS = 900; // after which an open room is given OPEN_SECONDS again
-const LOG_DIGITS = 16; // of an epoch: they name the log in Redis, those after them the run of Redis
+const KEEP_BEATS = 900; // until an open room is given OPEN_SECONDS again
+const LOG_DIGITS = 16; // of an epoch name the log, those after them the run of Redis
 
 /** What every script on a room begins with. KEYS: room, log, keys. */
 const SCRIPT_HEAD = `
@@ -862,10 +876,10 @@ local function expire(...) for _, name in ipairs(KEYS) do redis.call('EXPIRE', n
 `;
 
 /**
- * Stores posts and publishes them in one step, so that they are heard in the order of the log. ARGV: epoch, history,
- * seconds until an idle room expires; then of each post its key, the seq that it removes, whose messages its sender may
- * remove ("*": all), and its JSON after `{"seq":…,`. Returns nil if the log is another one; else of each post the seq
- * that it got, minus the seq that it had, or why it is refused.
+ * Stores posts and publishes them in one step, so that they are heard in the order of the log.
+ * ARGV: epoch, history, seconds until an idle room expires; of each post its key, the seq that it removes, whose
+ * messages its sender may remove ("*": all), and its JSON after `{"seq":…,`.
+ * Returns nil if the log is another one; of each post the seq that it got, minus the seq that it had, or the refusal.
  */
 const STORE_SCRIPT = `${SCRIPT_HEAD}
 if epoch ~= ARGV[1] then return false end
@@ -898,8 +912,7 @@ if #stored == 0 then return answers end
 redis.call('HSET', room, 'last', last)
 if length >= history + ${TRIM_TOGETHER} then
   for _, text in ipairs(redis.call('LRANGE', log, 0, -history - 1)) do
-    local key = cjson.decode(text).key
-    if key then redis.call('HDEL', keys, key) end
+    redis.call('HDEL', keys, cjson.decode(text).key or '')
   end
   redis.call('LTRIM', log, -history, -1)
 end
@@ -907,7 +920,7 @@ expire(ARGV[3])
 redis.call('PUBLISH', room, '{"epoch":"' .. epoch .. '","messages":[' .. table.concat(stored, ',') .. ']}')
 return answers`;
 
-/** ARGV: an epoch for a new room. Makes or keeps the room. Returns its epoch, last seq and length. */
+/** Makes or keeps a room. ARGV: an epoch for a new one. Returns its epoch, last seq and length. */
 const OPEN_SCRIPT = `${SCRIPT_HEAD}
 if not epoch then
   epoch, last = ARGV[1], 0
@@ -918,32 +931,33 @@ end
 expire(${OPEN_SECONDS}, 'GT')
 return {epoch, last, redis.call('LLEN', log)}`;
 
-/** ARGV: epoch ("": any), from, to. Returns the messages, or nil if the log is another one. */
+/** ARGV: epoch ("": any), from, to. Returns nil if the log is another one. */
 const READ_SCRIPT = `${SCRIPT_HEAD}
 if ARGV[1] ~= '' and epoch ~= ARGV[1] then return false end
 return redis.call('LRANGE', log, math.max(ARGV[2] - last - 1, -redis.call('LLEN', log)), ARGV[3] - last - 1)`;
 
-/** Messages that were stored together; the epoch is the log's, without the run. */
-type Heard = { readonly room: Room; readonly epoch: string; readonly messages: Message[] };
+/** Messages that were stored together, and the epoch of their log, without the run. */
+type Heard = { room: Room; epoch: string; messages: Message[] };
 
-/** The two connections to a Redis: when either fails, both are replaced. */
-interface Link {
-  readonly commands: Bun.RedisClient;
-  readonly subscriber: Bun.RedisClient;
-  run: string; // names the process and its data set; part of every epoch, so that no log that lost something passes
-}
+/**
+ * The two connections to a Redis: when either fails, both are replaced. The run names the Redis process and its data
+ * set; it is part of every epoch, so that a log that has lost something is another one.
+ */
+type Link = { commands: Bun.RedisClient; subscriber: Bun.RedisClient; run: string };
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
 class RedisBroker implements Broker {
   readonly #server = randomHex(64); // this server's name among those that share the Redis
   #link: Link | undefined; // undefined while Redis is away
-  readonly #alive = new Map<string, number>(); // when there was last a sign of life of each server, on the monotonic clock
-  #beats = 0; // heartbeats of this server
+  readonly #alive = new Map<string, number>(); // the last sign of life of each server
+  #beats = 0;
   #storing = 0; // rooms whose posts are being stored
   readonly #gatherer = new Gatherer<Heard>((heard) => {
     for (const [room, some] of Map.groupBy(heard, (each) => each.room)) this.#deliver(room, some);
   });
   #isStopped = false;
+  readonly #rooms = () => [...this.rooms.open.values()].filter((room) => room.broker === this);
+  readonly #keys = (room: Room) => roomKeys(this.rooms.config, room.name);
 
   constructor(
     readonly url: string,
@@ -955,7 +969,8 @@ class RedisBroker implements Broker {
   }
 
   async open(room: Room): Promise<void> {
-    await this.#link?.subscriber.subscribe(this.#keys(room)[0], (text) => this.#hear(room, text));
+    const hear = (text: string) => this.#hear(room, text).catch((error: Error) => this.rooms.unreadable(room, error));
+    await this.#link?.subscriber.subscribe(this.#keys(room)[0], hear);
     const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
     if (room.state === "closed" || !this.#link) return;
     room.epoch = epoch + this.#link.run;
@@ -982,13 +997,14 @@ class RedisBroker implements Broker {
     this.#storing++;
     while (room.waiting.length > 0) {
       let characters = 0;
-      const end = room.waiting.findIndex(({ text }) => (characters += text.length) > GATHER_CHARACTERS);
+      const isTooMuch = ({ text }: Post) => (characters += text.length) > GATHER_CHARACTERS;
+      const end = room.waiting.findIndex((post, i) => i === STEP_MESSAGES || isTooMuch(post));
       try {
-        await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : Math.max(1, end)));
+        await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : end));
         this.rooms.outage(this, true, "Redis can be used again.");
       } catch (error) {
         this.rooms.outage(this, false, `Redis does not take posts: ${(error as Error).message}`);
-        room.waiting = []; // their senders send again, from the first post on
+        room.waiting = []; // their senders send them again
         this.rooms.lose(room, "The message could not be stored"); // RULE 3
       }
     }
@@ -996,7 +1012,7 @@ class RedisBroker implements Broker {
     this.#storing--;
   }
 
-  /** Stores posts in one round trip. What is stored is delivered when it is heard of; the rest is answered here. */
+  /** Stores posts in one round trip, and answers the rest. What is stored is delivered when it is heard of. */
   async #store(room: Room, posts: Post[]): Promise<void> {
     const { config } = this.rooms;
     const args = [logEpoch(room), `${config.history}`, idleSeconds(config)];
@@ -1013,8 +1029,8 @@ class RedisBroker implements Broker {
     }
   }
 
-  /** Something was said on a room's channel: by the store script, or by a server. */
-  #hear(room: Room, text: string): void {
+  /** A text came on a room's channel: from the store script, or from a server. @throws when it is no JSON */
+  async #hear(room: Room, text: string): Promise<void> {
     const { epoch, messages, server, here, typing } = JSON.parse(text) as Partial<Heard> & Notice & { server?: string };
     if (epoch && messages) return this.#gatherer.add({ room, epoch, messages }, text.length);
     if (!server || server === this.#server) return;
@@ -1027,7 +1043,7 @@ class RedisBroker implements Broker {
 
   /** Delivers what was heard of a room, if it is exactly what comes next. */
   #deliver(room: Room, heard: Heard[]): void {
-    if (room.state === "opening") return void room.early.push(...heard); // until it is known what comes next
+    if (room.state === "opening") return void room.early.push(...heard);
     if (room.state === "closed") return;
     const next: Message[] = [];
     for (const { epoch, messages } of heard) {
@@ -1035,7 +1051,7 @@ class RedisBroker implements Broker {
       for (const message of messages) {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was not heard`); // RULE 3
-        if (message.seq === seq) next.push(message); // a lower one was in the log when the room was opened
+        if (message.seq === seq) next.push(message); // a lower one was read when the room was opened
       }
     }
     // RULE 1: no await since `last` was read.
@@ -1051,14 +1067,15 @@ class RedisBroker implements Broker {
   }
 
   tell(room: Room, notice: Notice): void {
+    // Where a notice is lost, so is the room.
     const text = JSON.stringify({ server: this.#server, ...notice });
-    this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore); // where it is lost, so is the room
+    this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore);
   }
 
   async drain(): Promise<void> {
     const until = performance.now() + DRAIN_MS;
     while (this.#storing > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
-    await Bun.sleep(GATHER_MS); // what was stored is heard by now
+    await Bun.sleep(GATHER_MS); // to hear
     this.#gatherer.flush();
   }
 
@@ -1069,7 +1086,7 @@ class RedisBroker implements Broker {
 
   // ── The link ──
 
-  /** Keeps the link, for ever: when a connection fails, both are replaced, and every room is lost. */
+  /** When a connection fails, replaces both, and loses every room. */
   async #keepLink(tried: () => void): Promise<void> {
     for (let retry = RETRY_MS; !this.#isStopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
       const link: Link = { commands: connectRedis(this.url), subscriber: connectRedis(this.url), run: "" };
@@ -1081,14 +1098,14 @@ class RedisBroker implements Broker {
         this.rooms.outage(this, true, "Redis can be used again.");
         retry = RETRY_MS;
         tried();
-        for (;;) {
+        while (!this.#isStopped) {
           await this.#beat(link);
           await sleep(HEARTBEAT_MS, undefined, fault);
         }
       } catch (error) {
         const { message } = fault.signal.aborted ? fault.signal.reason : error;
-        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}.`;
-        if (!this.#isStopped) this.rooms.outage(this, false, `${why} Trying again until it can.`);
+        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}. Trying again until it can.`;
+        if (!this.#isStopped) this.rooms.outage(this, false, why);
       }
       this.#link = undefined;
       link.commands.close();
@@ -1109,14 +1126,14 @@ class RedisBroker implements Broker {
     await subscriber.subscribe(`${prefix}servers`, (server) => void this.#alive.set(server, performance.now()));
   }
 
-  /** Names the Redis process and its data set as they are now. */
+  /** Names the Redis process and its data set. */
   async #readRun({ commands }: Link): Promise<string> {
     const asked = [commands.send("INFO", ["server"]), commands.send("GET", [`${this.rooms.config.prefix}data`])];
     const [info, data] = (await Promise.all(asked)) as [string, string | null];
     return sha256(`${/run_id:(\w+)/.exec(info)?.[1]} ${data}`, "hex").slice(0, 12);
   }
 
-  /** Says that this server lives; finds out who else does, and whether Redis is the same. */
+  /** Tells that this server is alive; checks whether Redis is the same, and who else is alive. */
   async #beat(link: Link): Promise<void> {
     await link.commands.publish(`${this.rooms.config.prefix}servers`, this.#server);
     if ((await this.#readRun(link)) !== link.run) throw new Error("it has lost something, or is another one");
@@ -1126,17 +1143,8 @@ class RedisBroker implements Broker {
       for (const room of this.#rooms()) if (room.elsewhere.delete(server)) this.rooms.presenceChanged(room);
     }
     if (++this.#beats % KEEP_BEATS > 0) return;
-    const keys = this.#rooms().flatMap((room) => this.#keys(room));
-    for (const key of keys) link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
-  }
-
-  /** Its open rooms. */
-  #rooms(): Room[] {
-    return [...this.rooms.open.values()].filter((room) => room.broker === this);
-  }
-
-  #keys(room: Room): ReturnType<typeof roomKeys> {
-    return roomKeys(this.rooms.config, room.name);
+    for (const key of this.#rooms().flatMap(this.#keys))
+      link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
   }
 
   /** Sent whole: Redis may have forgotten its hash. */
@@ -1146,53 +1154,46 @@ class RedisBroker implements Broker {
   }
 }
 
-/** The part of a room's epoch that its log in Redis has. */
 const logEpoch = ({ epoch }: Room) => epoch.slice(0, LOG_DIGITS);
+/** Seconds until an idle room expires; never is 100 years. */
+const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
+const connectRedis = (url: string, idleTimeout = SILENT_MS) =>
+  new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
 
-/** A room's keys, as {@link SCRIPT_HEAD} takes them. The first also names its channel. */
+/** A room's keys, as {@link SCRIPT_HEAD} takes them; the first also names its channel. */
 function roomKeys({ prefix }: Config, room: string): [state: string, messages: string, keys: string] {
   return [`${prefix}state:${room}`, `${prefix}messages:${room}`, `${prefix}keys:${room}`];
 }
 
-/** Seconds until an idle room expires; never is 100 years. */
-const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
-
-/** A connection that is replaced, never made again in place. */
-function connectRedis(url: string, idleTimeout = SILENT_MS): Bun.RedisClient {
-  return new Bun.RedisClient(url, { autoReconnect: false, connectionTimeout: SILENT_MS, idleTimeout });
-}
-
-/**
- * The place in the list of the Redis that keeps a room: the highest hash of room and address wins (rendezvous hashing).
- * So the order of the list does not matter, and one more Redis takes only its share of the rooms.
- */
+/** Rendezvous hashing: a room lives on the Redis with the highest hash, so one more takes only its share of the rooms. */
 function homeOf(room: string, urls: readonly string[]): number {
-  const hashes = urls.map((url) => sha256(`${room}\n${withoutPassword(url)}`, "hex"));
+  const hashes = urls.map((url) => sha256(`${room}\n${url.replace(/\/\/.*@/, "//")}`, "hex"));
   return hashes.reduce((best, hash, i) => (hash > (hashes[best] as string) ? i : best), 0);
 }
 
 // ─── Out: deliver; who comes and goes ────────────────────────────────────────────────────────────────────────────────
 
-/** A hello without what is said to one client alone; and the last seq that it covers. */
-type Hello = { readonly last: number; readonly json: string };
+/** The part of a hello that is the same for every client; and the last seq in it. */
+type Hello = { last: number; json: string };
 
-/** The open rooms: gives what is stored to everyone, lets members in and out, loses rooms. */
+/** The open rooms. */
 class Rooms {
-  server!: Server; // this and the next two are made by `startChat`
+  server!: Server; // set by `startChat`, as the next two
   inbox!: Inbox;
   brokerOf!: (room: string) => Broker;
-  readonly open = new Map<string, Room>(); // the rooms that somebody is in, by name
+  readonly open = new Map<string, Room>(); // by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
-  readonly #outages = new Set<Broker | string>(); // stores that fail, and rooms, by name
+  readonly #outages = new Set<Broker | string>(); // stores and names of rooms that were said to fail
+  readonly #members = () => [...this.open.values()].flatMap(({ members }) => [...members]);
 
   constructor(
     readonly config: Config,
     readonly log: Logger,
   ) {}
 
-  /** Sends stored messages, which come in order and without a gap, to everyone in the room. */
+  /** Sends stored messages to everyone in the room: in order, and without a gap. */
   deliver(room: Room, messages: Message[]): void {
-    // RULE 1: no await since SQLite has committed them, or Redis has notified of them.
+    // RULE 1: no await since the commit (Redis: the notification).
     this.#hellos.delete(room);
     for (const missed of room.pendingJoins) missed.push(...messages);
     if (this.server.subscriberCount(room.chatTopic) > 0) this.publish(room, { type: "messages", messages });
@@ -1209,8 +1210,7 @@ class Rooms {
 
   /** Tells a sender that a post is in the log already, or is refused. */
   answer({ sender: { ws }, key = "" }: Post, answer: Answer): void {
-    const isStored = typeof answer === "number";
-    ws.send(encode(isStored ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
+    ws.send(encode(typeof answer === "number" ? { type: "ack", key, seq: answer } : errorFrame(answer, key)));
   }
 
   /** RULE 3: whoever is in the room comes back and resumes. */
@@ -1227,14 +1227,16 @@ class Rooms {
   /** A log cannot be read. */
   unreadable(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
-    if (!this.#outages.has(room.broker)) this.outage(room.name, false, `The log of ${room} cannot be read: ${message}`);
+    const isKnown = this.#outages.has(room.broker);
+    if (!isKnown) this.outage(room.name, false, `The log of ${room} cannot be read: ${message}`);
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
-  /** Logs that a store fails, or the log of a room, once until it works again. */
+  /** Logs that a store or a room fails, once until it works again. */
   outage(what: Broker | string, isOver: boolean, line: string): void {
     if (isOver ? this.#outages.delete(what) : !this.#outages.has(what)) this.log("error", line);
     if (!isOver) this.#outages.add(what);
+    dropOldest(this.#outages, MAX_BUCKETS);
   }
 
   #close(room: Room): void {
@@ -1272,8 +1274,8 @@ class Rooms {
     room.pendingJoins.add(missed);
     const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
     room.pendingJoins.delete(missed);
-    this.outage(room.name, true, `The log of ${room} can be read again.`);
-    // RULE 2: no await from here to the end. What was delivered since the hello was read is in `missed`.
+    this.#outages.delete(room.name);
+    // RULE 2: no await from here to `subscribe`. What was delivered since the log was read is in `missed`.
     if (member.state === "joining") {
       if (hello) {
         const role = this.config.operator === "" ? undefined : visitor.role;
@@ -1284,7 +1286,8 @@ class Rooms {
       }
       ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
       member.state = "here";
-      room.presence = ""; // the new member has not seen it, even if it stays the same
+      // The new member has not seen it.
+      room.presence = "";
       this.presenceChanged(room);
       this.log("info", `${visitor.address} joined ${room} (${visitor.isChat ? member.name : "plain"})`);
     }
@@ -1292,13 +1295,12 @@ class Rooms {
     if (member.state === "gone") this.#release(member);
   }
 
-  /** The hello with what a client missed, if it can resume; else the newest one. */
+  /** The hello with what a client missed, if it can resume; else the newest page. */
   async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
     const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
     const count = room.last - from + 1;
-    if (from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES) {
-      return this.#makeHello(room, from, true);
-    }
+    const canResume = from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES;
+    if (canResume) return this.#makeHello(room, from, true);
     let newest = this.#hellos.get(room);
     if (!newest) {
       newest = this.#makeHello(room, Math.max(firstKept(room, this.config), room.last - PAGE_MESSAGES + 1), false);
@@ -1313,7 +1315,8 @@ class Rooms {
     const { epoch, last } = room;
     const first = firstKept(room, this.config);
     const messages = await room.broker.read(room, from, last);
-    const resumed = isResume && messages.length === last - from + 1; // or what it missed is too long for one frame
+    // Else it missed more than a frame holds.
+    const resumed = isResume && messages.length === last - from + 1;
     if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
     const limits = { text: MAX_TEXT, name: MAX_NAME };
     return { last, json: JSON.stringify({ epoch, first, last, resumed, messages, limits }) };
@@ -1326,12 +1329,12 @@ class Rooms {
     if (!room) return; // it never entered
     clearTimeout(member.draining);
     member.state = "gone";
-    if (state === "joining") return; // what it has sent is stored when the room is open
+    if (state === "joining") return; // what it sent is stored when the room is open
     if (state === "here") this.log("info", `${member.visitor.address} left ${room} (${code})`);
     this.#release(member);
   }
 
-  /** Nothing of a member is left to do. The last one closes the room. */
+  /** Nothing of a member is left to do. The last member closes the room. */
   #release(member: Member): void {
     const { room } = member;
     room.members.delete(member);
@@ -1341,7 +1344,7 @@ class Rooms {
 
   // ── Presence ──
 
-  /** Sends presence at once when the last one is a second past, else when it is. */
+  /** Sends presence, at most once in {@link PRESENCE_MS}. */
   presenceChanged(room: Room): void {
     if (room.state === "closed") return;
     const wait = room.presenceAt + PRESENCE_MS - performance.now();
@@ -1366,7 +1369,7 @@ class Rooms {
 
   // ── Dead peers, and the end ──
 
-  /** Pings silent connections, ends those that stay so. (Bun's own timer is put off by what is sent.) */
+  /** Pings silent connections, and ends those that stay so. (Whatever is sent puts off Bun's idle timer.) */
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
     for (const { ws, heardAt } of this.#members()) {
@@ -1376,26 +1379,19 @@ class Rooms {
     }
   }
 
-  /** Closes every socket with 1001. What was delivered goes out before the Close frame. */
   closeAll(): void {
     for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
-  }
-
-  #members(): Member[] {
-    return [...this.open.values()].flatMap(({ members }) => [...members]);
   }
 }
 
 function whoIsHere({ members }: Room): Here {
-  const ids = new Set<string>();
-  const people = new Map<string | Member, Person>(); // by id, so that several tabs of a person are one
-  let nameless = 0;
-  for (const member of members) {
-    if (member.state !== "here") continue;
-    const { from, isChat } = member.visitor;
-    if (from) ids.add(from);
-    else nameless++;
-    if (isChat && people.size < PRESENCE_PEOPLE) people.set(from ?? member, { name: member.name, from });
+  const here = [...members].filter(({ state }) => state === "here");
+  const ids = new Set(here.flatMap(({ visitor }) => visitor.from ?? []));
+  const nameless = here.filter(({ visitor }) => !visitor.from).length;
+  const people = new Map<string | Member, Person>(); // several tabs of a person are one
+  for (const member of here.filter(({ visitor }) => visitor.isChat)) {
+    const { from } = member.visitor;
+    if (people.size < PRESENCE_PEOPLE) people.set(from ?? member, { name: member.name, from });
   }
   return { ids: [...ids], nameless, people: [...people.values()] };
 }
@@ -1413,18 +1409,18 @@ function originAllowed(headers: Headers, allowed: readonly string[]): boolean {
   return allowed.some((entry) => (entry.includes("://") ? URL.parse(entry)?.origin === url.origin : isHost(entry)));
 }
 
-/** The address that a request comes from, seen past as many proxies as are trusted. */
+/** The address of a client, behind as many proxies as are trusted. */
 function addressOf(request: Request, server: Server, proxies: number): string {
-  const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 that came to an IPv6 socket
+  const socket = server.requestIP(request)?.address.replace(/^::ffff:/, "") ?? ""; // IPv4 at an IPv6 socket
   if (proxies === 0) return socket;
-  // Each proxy appends the address that it saw: counted from the right, what a client made up is not reached.
+  // Each proxy appends the address that it saw: what a client made up stands to the left of them.
   const forwarded = splitList(request.headers.get("x-forwarded-for") ?? "");
   const address = forwarded[Math.max(0, forwarded.length - proxies)] ?? "";
-  // Some proxies add the port too: another for each connection.
+  // Some proxies add the port, which differs for each connection.
   return /^(?:\[(.+)\]|([\d.]+))(?::\d+)?$/.exec(address)?.slice(1).find(Boolean) ?? (address || socket);
 }
 
-/** The network of an address: of IPv6 the first 64 bits, which one subscriber has; `""`: this machine. */
+/** The network of one subscriber: of IPv6 the first 64 bits. `""` is this machine. */
 function networkOf(address: string): string {
   if (address === "::1" || /^127\.[\d.]+$/.test(address)) return "";
   if (!address.includes(":") || address.includes(".")) return address;
@@ -1433,62 +1429,57 @@ function networkOf(address: string): string {
   return [...before, ...zeros, ...after].slice(0, 4).join(":");
 }
 
-function cookieOf(request: Request, name: string): string | undefined {
-  const cookies = request.headers.get("cookie");
-  return (cookies && new Bun.CookieMap(cookies).get(name)) || undefined;
-}
+const cookieOf = (request: Request, name: string) =>
+  new Bun.CookieMap(request.headers.get("cookie") ?? "").get(name) || undefined;
 
-/** A `Set-Cookie` for this host, unseen by scripts; `Secure` if the browser came by TLS, to the server or to a proxy. */
+/** A `Set-Cookie` that scripts do not see; `Secure` if the browser came by TLS, to the server or to a proxy. */
 function setCookie(cookie: string, request: Request, { proxies, tlsCert }: Config): string {
   const isForwarded = proxies > 0 && request.headers.get("x-forwarded-proto") === "https";
   return `${cookie}; Path=/; HttpOnly${tlsCert !== "" || isForwarded ? "; Secure" : ""}`;
 }
 
-/** The cookie of 128 random bits from which a browser has its ids. */
 const IDENTITY_COOKIE = "chat-me";
-
-/** A new identity. Lax, because a page that is opened by a link from elsewhere must keep it. */
+/** Lax, because a page that is opened by a link from elsewhere must keep its identity. */
 const newIdentity = () => `${IDENTITY_COOKIE}=${randomHex(128)}; Max-Age=${IDENTITY_SECONDS}; SameSite=Lax`;
 
-/** The id of a browser in a room: the same for ever, another in other rooms, not to be had without the cookie. */
+/** The id of a browser in a room: always the same, another in other rooms, nobody's without the cookie. */
 function idOf(request: Request, room: string): string | undefined {
   const cookie = cookieOf(request, IDENTITY_COOKIE);
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
 }
 
-type Password = { readonly role: Role; readonly password: string; readonly key: Buffer };
+/** The key, made slowly, signs sessions: a stolen one is no quick way to the password. The cookie is named after it. */
+type Password = { role: Role; password: string; key: Buffer; cookie: string };
 
 /**
- * Asks for a password, where there is one: by a session cookie, which `login` gives, or `Authorization: Bearer`. The
- * cookie holds a role and its end, signed; nothing of it is stored, and another password ends it.
+ * Lets in who has the password: by a session cookie, which `login` gives, or `Authorization: Bearer`. The cookie holds
+ * its end, signed; nothing is stored, and a new password ends it.
  */
 class Access {
-  readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // wrong passwords of both kinds, by address
-  /** With what signs their cookies: made slowly, so that a stolen one is no quick way to the password. */
+  readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
   readonly #passwords: Password[] = [];
+  readonly isOpen: boolean; // nobody is asked
 
   constructor(readonly config: Config) {
-    for (const [role, password] of [
-      ["operator", config.operator],
-      ["guest", config.password],
-    ] as [Role, string][]) {
-      if (password) this.#passwords.push({ role, password, key: scryptSync(password, "chat session", 32) });
+    const given = Object.entries({ operator: config.operator, guest: config.password });
+    for (const [role, password] of given as [Role, string][]) {
+      if (!password) continue;
+      const key = scryptSync(password, "chat session", 32);
+      // A browser keeps one jar for all the ports of a host: each password has a cookie of its own.
+      this.#passwords.push({ role, password, key, cookie: `chat-${hmac(key, "cookie").slice(0, 8)}` });
     }
-  }
-
-  /** Whether there is a password. */
-  get asks(): boolean {
-    return this.#passwords.length > 0;
+    this.isOpen = this.#passwords.length === 0;
   }
 
   /** The role in which a request may come in, or the refusal. */
   check(request: Request, server: Server): Role | Response {
-    const [role, ends = "", signature = ""] = cookieOf(request, cookieName(server))?.split(".") ?? [];
-    const owner = this.#passwords.find((each) => each.role === role);
-    const isSigned = owner && isEqual(owner.key, signature, hmac(owner.key, ends));
-    if (isSigned && Number(ends) > Date.now() / 1000) return owner.role;
+    if (this.isOpen) return "guest";
+    for (const { role, key, cookie } of this.#passwords) {
+      const [ends = "", signature = ""] = cookieOf(request, cookie)?.split(".") ?? [];
+      if (isEqual(key, signature, hmac(key, ends)) && Number(ends) > Date.now() / 1000) return role;
+    }
     const bearer = /^Bearer (.*)$/i.exec(request.headers.get("authorization") ?? "")?.[1];
-    if (bearer !== undefined && this.asks) {
+    if (bearer !== undefined) {
       const found = this.#try(bearer, request, server);
       return found instanceof Response ? found : found.role;
     }
@@ -1500,30 +1491,28 @@ class Access {
     const { config } = this;
     if (!originAllowed(request.headers, config.origins)) return refuse(403, "Pages of this origin may not log in.");
     const given = new URLSearchParams(await request.text()).get("password") ?? "";
-    // No await from here on: tries that come at the same time are counted one after the other.
+    // No await from here on, so that every try is counted before the next.
     const found = this.#try(given, request, server);
     if (found instanceof Response) return found;
     const ends = `${Math.floor(Date.now() / 1000) + SESSION_SECONDS}`;
-    const session = `${cookieName(server)}=${found.role}.${ends}.${hmac(found.key, ends)}`;
+    const session = `${found.cookie}=${ends}.${hmac(found.key, ends)}`;
     const cookie = setCookie(`${session}; Max-Age=${SESSION_SECONDS}; SameSite=Strict`, request, config);
     return new Response(null, { status: 204, headers: { "Set-Cookie": cookie } });
   }
 
-  /** The password that was given, or the refusal. An address that guesses must wait. */
+  /** An address that guesses must wait. */
   #try(given: string, request: Request, server: Server): Password | Response {
     const network = networkOf(addressOf(request, server, this.config.proxies));
     const wait = Math.ceil(this.wrong.wait(network) / 1000);
     if (wait > 0) return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${wait}` });
-    const [found] = this.#passwords.filter(({ key, password }) => isEqual(key, given, password)); // all are compared
+    // All are compared, so that the time tells nothing.
+    const [found] = this.#passwords.filter(({ key, password }) => isEqual(key, given, password));
     if (!found) this.wrong.take(network);
     return found ?? refuse(401, "The password is wrong.", BEARER);
   }
 }
 
 const BEARER = { "WWW-Authenticate": "Bearer" };
-
-/** With the port, since a browser keeps one jar for all the ports of a host. */
-const cookieName = ({ port }: Server) => `chat-${port}`;
 const hmac = (key: Buffer, text: string) => createHmac("sha256", key).update(text).digest("base64url");
 /** Compares in constant time. */
 const isEqual = (key: Buffer, given: string, right: string) =>
@@ -1533,15 +1522,14 @@ const isEqual = (key: Buffer, given: string, right: string) =>
 
 /** A running chat. */
 export interface Chat {
-  /** The address to open, with the port that was taken; ends with a slash. */
-  readonly url: string;
-  /** Stores and delivers what was taken, closes sockets with 1001, and the store. Takes at most 3 s. */
+  readonly url: string; // the address to open, with a slash at its end
+  /** Stores and delivers what was received, then closes the sockets with 1001, and the store: within 3 s. */
   stop(): Promise<void>;
 }
 
 /**
  * Starts a chat.
- * @param overrides what differs from the defaults; it is not checked
+ * @param overrides of the defaults; they are not checked
  * @throws StartError when the store cannot be opened, or the server cannot listen
  */
 export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> {
@@ -1560,38 +1548,37 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     for (const broker of brokers) broker.stop();
     throw error;
   }
-  const { server } = rooms;
   const sweeping = setInterval(() => {
     rooms.checkSilence();
     for (const buckets of [inbox.senders, inbox.addresses, access.wrong]) buckets.forgetFull();
   }, config.silenceSeconds * 100);
   const stop = async () => {
-    const closed = server.stop(); // accepts no more; its sockets live on
+    const closed = rooms.server.stop(); // accepts no more; its sockets live on
     inbox.isStopping = true;
     clearInterval(sweeping);
     await Promise.all(brokers.map((broker) => broker.drain()));
     rooms.closeAll();
     await Promise.race([closed, Bun.sleep(CLOSE_MS)]); // whoever has not answered by then is cut
     for (const broker of brokers) broker.stop();
-    void server.stop(true);
+    void rooms.server.stop(true);
   };
   let stopped: Promise<void> | undefined;
   const host = config.host.includes(":") ? `[${config.host}]` : config.host || "localhost";
-  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${server.port}/`;
+  const url = `${config.tlsCert === "" ? "http" : "https"}://${host}:${rooms.server.port}/`;
   return { url, stop: () => (stopped ??= stop()) };
 }
 
-/** What the server does with requests and sockets. */
 function makeHandlers(rooms: Rooms, access: Access) {
   const { config, log } = rooms;
-  const page = makePage(pageSource as unknown as string, config); // bun-types takes every .html import for a bundle
+  // bun-types takes every .html import for a bundle.
+  const page = makePage(pageSource as unknown as string, config);
   const isHeard = (ws: Socket) => void (ws.data.heardAt = performance.now());
   return {
     fetch: (request: Request, server: Server) => {
       const url = URL.parse(request.url);
       if (!url) return refuse(400, "The Host header names no host.");
       if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, access);
-      if (request.method === "POST" && access.asks) return access.login(request, server);
+      if (request.method === "POST" && !access.isOpen) return access.login(request, server);
       return page(request);
     },
     websocket: {
@@ -1600,8 +1587,8 @@ function makeHandlers(rooms: Rooms, access: Access) {
       backpressureLimit: BACKPRESSURE_BYTES,
       closeOnBackpressureLimit: true,
       sendPings: false, // `checkSilence` sends them
-      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for sockets that are closing, and are in no room any more
-      perMessageDeflate: false, // it would cost each message more time than it saves, and each socket its window
+      idleTimeout: 2 * Math.ceil(config.silenceSeconds), // for closing sockets, which are in no room any more
+      perMessageDeflate: false, // it costs more time than it saves, and each socket a window
       open: (ws: Socket) => rooms.enter(ws),
       message: (ws: Socket, data: string | Buffer) => rooms.inbox.receive(ws, data),
       ping: isHeard,
@@ -1615,39 +1602,34 @@ function makeHandlers(rooms: Rooms, access: Access) {
   };
 }
 
-/** Listens on the configured address. @throws StartError when that is not possible, or a TLS file is bad */
+/** @throws StartError when the address is taken or not this machine's, or a TLS file is bad */
 function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
-  const reusePort = config.reusePort === "1"; // stated, as Bun would else share the port when `development` is false
+  const reusePort = config.reusePort === "1"; // always set: Bun's default is true when `development` is false
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
-    if (code === "EADDRINUSE")
-      throw new StartError(`PORT=${port}: another program listens there; set PORT to another.`);
-    if (tls && /ENOENT|EACCES|OSSL/.test(code ?? "")) {
-      throw new StartError(`TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}: cannot be used: ${message}`);
-    }
+    if (code === "EADDRINUSE") throw new StartError(`PORT=${port}: another program listens there; set another.`);
+    const files = tls && /ENOENT|EACCES|EISDIR|OSSL/.test(code ?? "") && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}`;
+    if (files) throw new StartError(`${files}: cannot be used: ${message}`);
     if (host === "") return Bun.serve({ ...options, hostname: "0.0.0.0" }); // a machine without IPv6
     throw new StartError(`HOST=${host} PORT=${port}: cannot listen: ${message}`);
   }
 }
 
-/** Lets a WebSocket in, or says why not: a ladder of guards, each with its status and its sentence. */
+/** Upgrades to a WebSocket: a ladder of guards, each with its status and sentence. */
 function handshake(request: Request, url: URL, server: Server, access: Access): Response | undefined {
   const { headers } = request;
-  const { config } = access;
   if (headers.get("upgrade")?.toLowerCase() !== "websocket") {
     return refuse(426, "Here a WebSocket is expected.", { Upgrade: "websocket", Connection: "Upgrade" });
   }
   if (headers.get("sec-websocket-version") !== "13") {
     return refuse(426, "The WebSocket version is 13.", { "Sec-WebSocket-Version": "13" }); // RFC 6455 section 4.2.2
   }
-  if (!originAllowed(headers, config.origins)) {
-    return refuse(403, "Pages of this origin may not connect; CHAT_ORIGINS lists those that may.");
-  }
+  if (!originAllowed(headers, access.config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
   const roomName = roomOf(url.pathname.slice("/ws/".length));
   if (roomName === undefined) {
     return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
@@ -1657,67 +1639,64 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   if (offered !== null && !isChat) return refuse(400, "The subprotocol is chat.v1, or none.");
   const role = access.check(request, server);
   const isRefused = role instanceof Response;
-  // A browser tells its page nothing of a refused handshake. So it is let in, and told by the Close frame.
+  // A page cannot see why a handshake is refused. So a browser is let in, and told by the Close frame.
   if (isRefused && !isChat) return role;
-  const query = url.searchParams;
-  const name = cleanName(query.get("name") ?? "Guest");
+  const name = cleanName(url.searchParams.get("name") || "Guest");
   if (name === undefined) return refuse(400, ERRORS["bad-name"]);
-  const address = addressOf(request, server, config.proxies);
-  const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
-  const data = new Member(name, {
-    roomName,
-    address,
-    network: networkOf(address),
-    isChat,
-    from: idOf(request, roomName),
-    role: isRefused ? "guest" : role,
-    resume: epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined,
-  });
+  const address = addressOf(request, server, access.config.proxies);
+  const network = networkOf(address);
+  const from = idOf(request, roomName);
+  const resume = placeOf(url.searchParams);
+  const visitor = { roomName, address, network, isChat, from, role: isRefused ? "guest" : role, resume } as const;
+  const data = new Member(name, visitor);
   if (isRefused) data.state = "refused";
-  // A browser that offers a subprotocol and is answered none closes the connection: the WHATWG WebSockets standard.
-  if (server.upgrade(request, { data, headers: isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {} }))
-    return undefined;
-  return refuse(400, "The WebSocket handshake is not complete.");
+  // A browser that offers a subprotocol fails when it is answered none: the WHATWG WebSockets standard.
+  const chosen: Record<string, string> = isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {};
+  const isUpgraded = server.upgrade(request, { data, headers: chosen });
+  return isUpgraded ? undefined : refuse(400, "The WebSocket handshake is not complete.");
 }
 
-/** A refusal in plain text. */
+/** Where a client left off, if it says so. */
+function placeOf(query: URLSearchParams): Visitor["resume"] {
+  const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
+  return epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
+}
+
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
-  const type = { "Content-Type": "text/plain; charset=utf-8" };
-  return new Response(`${sentence}\n`, { status, headers: { ...type, ...headers } });
+  const type = "text/plain; charset=utf-8";
+  return new Response(`${sentence}\n`, { status, headers: { "Content-Type": type, ...headers } });
 }
 
-/** Answers every path outside `/ws/` with the page. Its headers and its compressed form are made once. */
+/** Answers with the page, whose headers and compressed form are made once. */
 function makePage(html: string, config: Config): (request: Request) => Response {
   const plain = new TextEncoder().encode(html);
-  const compressed = Bun.gzipSync(plain, { library: "libdeflate", level: 10 }); // 10 ms, once, for 5 % less each time
+  const compressed = Bun.gzipSync(plain, { library: "libdeflate", level: 10 });
   const etag = `W/"${sha256(html, "hex").slice(0, 32)}"`; // weak: one for both forms
   const fixed = {
     "Content-Type": "text/html; charset=utf-8",
     "Content-Security-Policy": contentSecurityPolicy(html),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    // Asked for each time, for a 304. Private: no cache may give two people one identity.
+    // The browser asks each time, and gets a 304. Private: no cache may give two people one identity.
     "Cache-Control": "private, no-cache",
     Vary: "Accept-Encoding",
     ETag: etag,
   };
   return (request) => {
-    const { method } = request;
-    if (method !== "GET" && method !== "HEAD") {
-      return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
-    }
+    const { method, headers: wanted } = request;
+    const isGet = method === "GET" || method === "HEAD";
+    if (!isGet) return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     const headers = new Headers(fixed);
-    if (cookieOf(request, IDENTITY_COOKIE) === undefined)
-      headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
-    if (request.headers.get("if-none-match")?.includes(etag.slice(2)))
-      return new Response(null, { status: 304, headers });
-    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(request.headers.get("accept-encoding") ?? "");
+    const hasIdentity = cookieOf(request, IDENTITY_COOKIE) !== undefined;
+    if (!hasIdentity) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
+    if (wanted.get("if-none-match")?.includes(etag.slice(2))) return new Response(null, { status: 304, headers });
+    const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(wanted.get("accept-encoding") ?? "");
     if (gzip) headers.set("Content-Encoding", "gzip");
     return new Response(gzip ? compressed : plain, { headers });
   };
 }
 
-/** The page runs its one script and its one style, and nothing from elsewhere. CSP Level 3. */
+/** Allows the page its one script, its one style, and nothing from elsewhere. */
 function contentSecurityPolicy(html: string): string {
   const hash = (tag: string) =>
     `'sha256-${sha256(new RegExp(`<${tag}>([^]*?)</${tag}>`).exec(html)?.[1] ?? "", "base64")}'`;
@@ -1728,13 +1707,13 @@ function contentSecurityPolicy(html: string): string {
 
 // ─── Moving: export and import ───────────────────────────────────────────────────────────────────────────────────────
 
-/** A line of an export: a message, and the room it stands in. */
+/** A line of an export. */
 type Line = Message & { room: string };
 
 const EXPORT_ALL = `SELECT rooms.name AS room, ${COLUMNS} FROM rooms JOIN messages ON room = id
   WHERE seq > (SELECT max(seq) FROM messages WHERE room = id) - ? ORDER BY id, seq`;
 
-/** The kept messages of every room, room by room. A server on the same store is not disturbed. @throws StartError */
+/** The kept messages, room by room. A server on the same store is not disturbed. @throws StartError */
 export async function* exportMessages(config: Config): AsyncGenerator<Line> {
   for (const url of config.redisUrls) yield* exportRedis(url, config);
   if (config.redisUrls.length > 0) return;
@@ -1755,6 +1734,8 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
     cursor = next;
   }
   for (const room of rooms) {
+    const home = config.redisUrls[homeOf(room, config.redisUrls)] as string;
+    if (home !== url) console.error(`Room "${room}" belongs on ${withoutPassword(home)}: an import moves it there.`);
     const keys = roomKeys(config, room);
     const last = Number(await redis.send("HGET", [keys[0], "last"]));
     for (let from = Math.max(1, last - config.history + 1); from <= last; from += STEP_MESSAGES) {
@@ -1766,7 +1747,7 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
   redis.close();
 }
 
-/** Reads an export and checks all of it, so that a broken one changes nothing. @throws StartError with the line's number */
+/** Checks all of an export, so that a broken one changes nothing. @throws StartError with the line's number */
 function readExport(text: string): Map<string, Line[]> {
   const rooms = new Map<string, Line[]>();
   for (const [i, json] of text.split("\n").entries()) {
@@ -1785,7 +1766,7 @@ function readExport(text: string): Map<string, Line[]> {
   return rooms;
 }
 
-/** A line of an export, with the fields of one and no others. @throws what is wrong with it */
+/** A line with the fields of one and no others. @throws what is wrong with it */
 function checkedLine(line: Partial<Line>): Line {
   const { room = "", seq = 0, at = NaN, name = "", from, text = "", removes, removed, key } = line;
   const isText = (value: unknown, form: RegExp) =>
@@ -1818,12 +1799,12 @@ export async function importMessages(config: Config, text: string): Promise<stri
 /** Refused while a server runs on the file, which would not learn of it. */
 function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
   const { db, close } = openLocked(config);
-  const insert = db.query(INSERT_MESSAGE);
+  const insert: Statement = db.query(INSERT_MESSAGE);
   const isTaken = db.transaction((room: string, lines: Line[]) => {
     if (db.query("SELECT 1 FROM rooms WHERE name = ?").get(room)) return false;
     const { lastInsertRowid: id } = db.query(INSERT_ROOM).run(room, randomHex(64));
-    for (const { seq, at, name, from = null, text, removes = null, removed, key = null } of lines) {
-      insert.run(id, seq, at, name, from, text, removes, removed ? 1 : null, key);
+    for (const { seq, at, name, from, text, removes, removed, key } of lines) {
+      insert.run(id, seq, at, name, from, text, removes, removed, key);
     }
     return true;
   });
@@ -1861,7 +1842,7 @@ async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<
 
 // ─── Main ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Does what the command line asks, with settings from the environment. @throws StartError when it asks for something else */
+/** Does what the command line asks. @throws StartError when it asks for something else */
 export async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "--help" || command === "-h") return console.log(help());
   if (command === "--version" || command === "-v") return console.log(version);
@@ -1905,16 +1886,8 @@ async function printExport(config: Config): Promise<void> {
 /** Serves until SIGTERM or SIGINT. */
 async function serve(config: Config): Promise<void> {
   const chat = await startChat(config);
-  const log = makeLogger(config.logLevel);
-  log("info", `The chat is open: ${chat.url}`);
-  // For whoever started it in a terminal: the addresses at which others reach this machine.
-  const addresses = Object.values(networkInterfaces()).flatMap((all) => all ?? []);
-  for (const { internal, family, address } of config.host === "" && process.stdout.isTTY ? addresses : []) {
-    if (!internal && family === "IPv4") log("info", `       for others: ${chat.url.replace("localhost", address)}`);
-  }
-  const stop = () => void chat.stop().then(() => process.exit(0));
-  process.on("SIGTERM", stop);
-  process.on("SIGINT", stop);
+  makeLogger(config.logLevel)("info", `The chat is open: ${chat.url}`);
+  for (const signal of ["SIGTERM", "SIGINT"]) process.on(signal, () => void chat.stop().then(() => process.exit(0)));
 }
 
 if (import.meta.main) {

@@ -1,7 +1,7 @@
 /// <reference types="bun-types" />
 /**
  * Makes the README's pictures from the running server: `bun run picture` (needs Chromium).
- * Light and dark, wide and narrow, with a short conversation in them.
+ * Light and dark, with a reply and a message that was taken back; on a phone, the search.
  */
 import { startChat } from "../server.ts";
 
@@ -11,24 +11,29 @@ const SIZES = { wide: [1100, 720], narrow: [390, 720] } as const;
 const chat = await startChat({ port: 0, db: ":memory:", logLevel: "silent" });
 const socketUrl = chat.url.replace("http", "ws");
 
-/** Somebody who says something and stays. */
-async function say(name: string, ...texts: string[]): Promise<void> {
-  const socket = new WebSocket(`${socketUrl}ws/team?name=${encodeURIComponent(name)}`, "chat.v1");
+/** Somebody with an id of their own, who says something, takes the last of it back if asked, and stays. */
+async function say(name: string, texts: string[], takesBack = false): Promise<void> {
+  const headers = { Cookie: `chat-me=${encodeURIComponent(name)}` };
+  const url = `${socketUrl}ws/team?name=${encodeURIComponent(name)}`;
+  const socket = new WebSocket(url, { protocols: ["chat.v1"], headers });
   const done = Promise.withResolvers<void>();
-  const post = (text: string) => socket.send(JSON.stringify({ type: "post", key: crypto.randomUUID(), text }));
+  const send = (frame: object) => socket.send(JSON.stringify({ ...frame, key: crypto.randomUUID() }));
   let seen = 0;
   socket.onmessage = ({ data }) => {
     const frame = JSON.parse(data);
-    if (frame.type === "hello") texts.forEach(post);
-    if (frame.type === "messages" && (seen += frame.messages.length) >= texts.length) done.resolve();
+    if (frame.type === "hello") for (const text of texts) send({ type: "post", text });
+    if (frame.type !== "messages") return;
+    seen += frame.messages.length;
+    if (takesBack && seen === texts.length) send({ type: "remove", seq: frame.messages.at(-1).seq });
+    if (seen === texts.length + Number(takesBack)) done.resolve();
   };
   await done.promise;
 }
 
-await say("Ann", "Good morning! The release is out: https://example.org/releases/42", "Notes are in the usual place.");
-await say("小明", "太好了,我下午把文档更新一下。");
-await say("Bo", "Nice. One thing for later:\n```\nbun run server.ts export > chat.jsonl\n```");
-await say("Dana", "Is the demo still at three?");
+await say("Ann", ["Good morning! The release is out: https://example.org/releases/42"]);
+await say("小明", ["太好了，我下午把文档更新一下。"]);
+await say("Bo", ["One thing for later:\n```\nbun run server.ts export > chat.jsonl\n```", "Wrong room, sorry"], true);
+await say("Dana", ["Is the demo still at three?"]);
 
 for (const scheme of ["light", "dark"] as const) {
   for (const [size, [width, height]] of Object.entries(SIZES)) {
@@ -43,12 +48,17 @@ for (const scheme of ["light", "dark"] as const) {
     })`);
     if (scheme === "light" && size === "wide") {
       await view.click("#text");
-      await view.type("Yes, in the big room");
+      await view.type("#6 Yes, in the big room");
       await view.press("Enter");
       await view.evaluate(`new Promise((sent) => {
         const look = () => (document.querySelector("[data-state=sent]") ? setTimeout(sent, 500) : setTimeout(look, 50));
         look();
       })`);
+    }
+    if (size === "narrow") {
+      await view.click("#show-search");
+      await view.type("the");
+      await Bun.sleep(1000);
     }
     await Bun.write(
       `${import.meta.dir}/${scheme}-${size}.webp`,
