@@ -133,11 +133,6 @@ function memoryOf({ pid }: { pid: number }): number {
   return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
 }
 
-/** How many files and connections a process has open. */
-function descriptorsOf({ pid }: { pid: number }): number {
-  return readdirSync(`/proc/${pid}/fd`).length;
-}
-
 /** Something that keeps messages. Each `make` is a new one, as a chat in this process and one of its own are told of it. */
 interface Store {
   readonly name: string;
@@ -2052,28 +2047,30 @@ describe("a reader that does not read", () => {
     expect([resumed, messages[0]?.seq, messages.length]).toEqual([true, posted - 9, 10]);
   });
 
-  test("of pongs, pings, pages and the page itself costs no more", async () => {
-    const server = await spawnServer({ CHAT_RATE: "0" });
-    const ann = await Client.join(server.url);
-    ann.postAll(100, () => "x".repeat(16_000));
-    await ann.untilMessages(100);
-    const before = memoryOf(server);
+  test("or keeps to no rate costs no more, whatever it asks for or sends", async () => {
+    const long = "x".repeat(60_000);
+    const post = { type: "post", key: "k", text: "x".repeat(16_000) };
+    const others = [{ ...post, text: long }, { ...post, key: long }, { type: "name", name: long }, { type: "typing" }];
+    const queued = [post, ...others].map((frame) => rawFrame(JSON.stringify(frame)));
+    const answered = ['{"type":"ping"}', '{"type":"page","before":101}'].map((frame) => rawFrame(frame));
     const get = Buffer.from("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    const asks = [
-      rawFrame("p".repeat(125), 9),
-      rawFrame('{"type":"ping"}'),
-      rawFrame('{"type":"page","before":101}'),
-      get,
-    ];
-    for (const [i, count] of [12_000, 60_000, 600, 1200].entries()) {
-      const open = () => (asks[i] === get ? Client.open(server.url) : Client.join(server.url));
-      const readers = await Promise.all([open(), open(), open()]);
-      for (const { socket } of readers) socket.pause();
-      for (const reader of readers) reader.raw(Buffer.concat(Array(count).fill(asks[i])));
-      for (let round = 0; round < 5; round++) await ann.settle();
-      for (const reader of readers) reader.drop();
+    for (const bytes of [...queued, ...answered, rawFrame("p".repeat(125), 9), get]) {
+      const isQueued = queued.includes(bytes);
+      const server = await spawnServer({ CHAT_RATE: isQueued ? "1" : "0" });
+      const ann = await Client.join(server.url);
+      if (!isQueued) ann.postAll(100, () => post.text);
+      await ann.untilMessages(isQueued ? 0 : 100);
+      const before = memoryOf(server);
+      const sender = await (bytes === get ? Client.open(server.url) : Client.join(server.url));
+      sender.socket.pause();
+      const many = Buffer.concat(Array(isQueued ? Math.ceil(1e6 / bytes.length) : 600).fill(bytes));
+      for (let i = 0; i < 150 && !sender.ended && sender.socket.writableLength < 20e6; i++) {
+        sender.raw(many); // until it is cut, or read no further
+        await ann.settle();
+      }
+      expect([`${bytes.subarray(0, 40)}`, memoryOf(server) - before < 48]).toEqual([`${bytes.subarray(0, 40)}`, true]);
+      server.kill("SIGKILL");
     }
-    expect(memoryOf(server) - before).toBeLessThan(96);
   });
 
   test("nor answers a ping is ended, in a busy room too; one that only answers stays", async () => {
@@ -2135,24 +2132,6 @@ describe("a flooder", () => {
       expect(own).toEqual(Array.from({ length: 16 }, (_, n) => `${i}:${n + 1}`));
     }
   });
-
-  test("cannot make its queue large, by whatever its frames are large with", async () => {
-    const long = "x".repeat(60_000);
-    const post = { type: "post", key: "k", text: "x".repeat(16_000) };
-    const others = [{ ...post, text: long }, { ...post, key: long }, { type: "name", name: long }, { type: "typing" }];
-    for (const json of [post, ...others].map((frame) => JSON.stringify(frame))) {
-      const server = await spawnServer({ CHAT_RATE: "1" });
-      const [ann, flooder] = await joinAll(server.url, "Ann", "Flooder");
-      const before = memoryOf(server);
-      const many = Buffer.concat(Array(Math.ceil(1e6 / json.length)).fill(rawFrame(json)));
-      for (let i = 0; i < 150 && flooder.socket.writableLength < 20e6; i++) {
-        flooder.raw(many); // until it is read no further
-        await ann.settle();
-      }
-      expect([json.slice(0, 30), memoryOf(server) - before < 48]).toEqual([json.slice(0, 30), true]);
-      server.kill("SIGKILL");
-    }
-  });
 });
 
 // ─── Broken and hostile clients ──────────────────────────────────────────────────────────────────────────────────────
@@ -2164,7 +2143,7 @@ describe("a broken handshake", () => {
     const good = handshake(server.url);
     const without = (header: RegExp) => good.replace(header, "");
     const room = (path: string) => good.replace("/ws/?", `/ws/${path}`);
-    const ours: [what: string, request: string, status: number][] = [
+    const cases: [what: string, request: string, status: number][] = [
       ["version 8", good.replace("Version: 13", "Version: 8"), 426],
       ["no upgrade", without(/Upgrade: websocket\r\n/), 426],
       ["another subprotocol", good.replace("chat.v1", "chat.v2"), 400],
@@ -2177,16 +2156,12 @@ describe("a broken handshake", () => {
       ["a Host that is half an address", good.replace(/Host: .*\r\n/, "Host: [\r\n"), 400],
       ["a page from a Host that is none", "GET / HTTP/1.1\r\nHost: %zz\r\n\r\n", 400],
     ];
-    const bun: typeof ours = [
-      ["garbage", "\x16\x03\x01\x02\x00\x01\xff\r\n\r\n", 400],
-      ["two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello", 400],
-    ];
-    for (const [what, request, status] of [...ours, ...bun]) {
+    for (const [what, request, status] of cases) {
       const client = await Client.open(server.url);
-      client.raw(Buffer.from(request, "latin1"));
+      client.raw(request);
       await client.until(`an answer to ${what}`, () => client.status !== undefined);
       expect([what, client.status]).toEqual([what, status]);
-      if (bun.every(([other]) => other !== what)) expect(client.answer).toMatch(/\r\n\r\n[A-Z].+[.]\n$/);
+      expect(client.answer).toMatch(/\r\n\r\n[A-Z].+[.]\n$/);
       client.drop();
     }
     await ann.settle();
@@ -2196,7 +2171,8 @@ describe("a broken handshake", () => {
   test("and what else is never finished, half open or left in the middle keeps nobody out and leaves nothing behind", async () => {
     const server = await spawnServer();
     const ann = await Client.join(server.url);
-    const [memory, open] = [memoryOf(server), descriptorsOf(server)];
+    const openFiles = () => readdirSync(`/proc/${server.pid}/fd`).length;
+    const [memory, open] = [memoryOf(server), openFiles()];
     const unfinished = await Promise.all(Array.from({ length: 1000 }, () => Client.open(server.url)));
     for (const [i, client] of unfinished.entries()) client.raw(handshake(server.url).slice(0, i % 200));
     const joined = await Promise.all(Array.from({ length: 40 }, () => Client.join(server.url, { name: "x" })));
@@ -2208,7 +2184,7 @@ describe("a broken handshake", () => {
     }
     await ann.settle();
     for (const client of [...unfinished, ...joined]) client.drop();
-    await eventually("that all are closed", () => descriptorsOf(server) <= open + 2);
+    await eventually("that all are closed", () => openFiles() <= open + 2);
     await ann.sees(1, "Guest");
     expect(memoryOf(server) - memory).toBeLessThan(32);
   });
@@ -2222,19 +2198,12 @@ describe("a broken frame", () => {
     const part = (size: number, i: number) => rawFrame("x".repeat(size), i === 0 ? 1 : 0, { fin: false });
     const cases: [what: string, code: number, ...frames: Buffer[]][] = [
       ["unmasked", 1002, rawFrame(text, 1, { mask: false })],
-      ["RSV1", 1002, rawFrame(text, 1, { rsv: 4 })],
-      ["opcode 3", 1002, rawFrame("", 3)],
-      ["a fragmented ping", 1002, rawFrame("x", 9, { fin: false })],
-      ["a continuation of nothing", 1002, rawFrame(text, 0)],
       ["binary", 1003, rawFrame(text, 2)],
       ["no UTF-8", 1007, rawFrame(Buffer.from([0x22, 0xff, 0x22]))],
       ["UTF-8 cut by fragments", 1007, rawFrame(Buffer.from([0xe5]), 1, { fin: false }), rawFrame("x", 0)],
       ["2^63 bytes", 1009, Buffer.from([0x81, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])],
       ["64 KiB and one byte", 1009, rawFrame("x".repeat(65_537))],
       ["fragments of more than 64 KiB", 1009, ...Array.from({ length: 65 }, (_, i) => part(1024, i))],
-      ["a close of one byte", 1002, rawFrame("\x03", 8)],
-      ["a close without a code", 1005, rawFrame("", 8)],
-      ["a close of an application", 4999, rawFrame(Buffer.from([19, 135]), 8)],
       ["HTTP", 1002, Buffer.from("GET / HTTP/1.1\r\n\r\n")],
     ];
     for (const plain of [false, true]) {
@@ -2255,32 +2224,18 @@ test("Whatever a generator makes up is answered or refused, and the others see o
   const SEED = Number(process.env.SEED ?? 20260101);
   const random = randomFrom(SEED);
   const int = (below: number) => Math.floor(random() * below);
-  const pick = <T>(from: readonly T[]): T => from[int(from.length)] as T;
   const odds = (chance: number) => random() < chance;
-  const bytes = (length: number) => Buffer.from(Array.from({ length }, () => int(256)));
-  const strings = " |x||\0|\ud800|\udc00x|\ufeff|🙂|e\u0301|\u202e|\u2028|__proto__".split("|");
-  strings.push("a".repeat(70), "團".repeat(5462));
-  const values =
-    `0 -1 1e999 1.5 9007199254740993 1E+2 01 NaN +1 null true {} [] {"type":"post"} ["post"] {"__proto__":{}}
-    "\\ud83d" "\\u0000" "\\x" "\u0001" "unfinished 'single'`.split(/\s+/);
-  values.push("[".repeat(3000) + "]".repeat(3000));
-  const fields = "type key text before name seq from removes __proto__ constructor toString Type".split(" ");
-  const value = () => (odds(0.5) ? JSON.stringify(pick(strings)) : pick(values));
+  const samples = [{ text: "hi" }, { type: "page", before: 1 }, { type: "name", name: "Ann" }, { type: "typing" }];
+  const odd = `{} [] {"a":1} 0 -1 1e999 1.5 01 NaN null true "" " " "type" "post" "text" "from" "__proto__" "constructor"
+    "\\ud800" "\\u0000" "\\x" "\u0001" "e\u0301" "\u202e" "unfinished 'single' { } [ ] , : \\ ${"[".repeat(3000)} "${"團".repeat(5462)}"`;
+  const tokens = odd.split(/[ \n]+/);
   let tried = 0;
-  const json = (): string => {
-    const key = odds(0.1) ? "again" : `k${tried}`;
-    const post = { type: "post", key, text: pick(strings) };
-    const valid = [post, { type: "page", before: int(100) }, { type: "name", name: pick(strings) }, { type: "typing" }];
-    const entries = Object.entries(pick(valid)).map(([name, each]) => [name, JSON.stringify(each)] as [string, string]);
-    for (let n = int(3); n > 0; n--) {
-      if (odds(0.4)) pick(entries)[1] = value();
-      else if (odds(0.3)) entries.push([pick(fields), value()]);
-      else if (odds(0.3))
-        entries.unshift([...pick(entries)]); // a field twice
-      else pick(entries)[0] = pick(fields);
-    }
-    const text = `{${entries.map(([name, each]) => `${JSON.stringify(name)}${pick(["", " ", "\n\t"])}:${each}`).join()}}`;
-    return (odds(0.05) ? text.slice(0, int(text.length)) : text).toWellFormed();
+  /** A frame of the protocol with up to three of its tokens changed. */
+  const json = () => {
+    const post = { type: "post", key: `k${odds(0.1) ? 0 : tried}` };
+    const parts = JSON.stringify({ ...post, ...samples[int(4)] }).split(/([{}:,])/);
+    for (let n = int(4); n > 0; n--) parts.splice(int(parts.length), int(2), tokens[int(tokens.length)]!);
+    return parts.join("");
   };
   const server = await spawnServer({ CHAT_RATE: "0" });
   const ann = await Client.join(server.url, { name: "Ann" });
@@ -2291,28 +2246,23 @@ test("Whatever a generator makes up is answered or refused, and the others see o
     const careful = odds(0.6); // its frames are in order, what they say is not
     for (let k = 1 + int(12); k > 0; k--, tried++) {
       const options = careful ? {} : { fin: odds(0.8), mask: odds(0.95), rsv: odds(0.05) ? int(8) : 0 };
-      const payload = careful || odds(0.7) ? json() : bytes(int(200));
-      const frame = rawFrame(payload, careful || odds(0.7) ? 1 : int(16), options);
-      if (!careful && odds(0.1)) frame[int(Math.min(14, frame.length))] = int(256); // in the header or the mask
+      const frame = rawFrame(json(), careful ? 1 : int(16), options);
+      if (!careful) frame[int(Math.min(40, frame.length))] = int(256); // in the header, the mask or the payload
       client.raw(careful || odds(0.9) ? frame : frame.subarray(0, int(frame.length)));
     }
     if (careful && !plain) await client.settle();
-    if (odds(0.5)) client.socket.end();
-    else client.socket.resetAndDestroy();
+    client.drop();
   };
   for (let round = 0; round < 100; round++) {
     await Promise.all(Array.from({ length: 20 }, () => attack().catch(() => {}))); // an early end is an answer too
     await ann.settle();
   }
-  for (const client of [ann, await Client.join(server.url, { name: "Bo" })]) {
-    expectDense(client.messages);
-    for (const { seq, at, name, text, key, ...rest } of client.messages) {
-      expect([seq, at, name, text].map((each) => typeof each).join()).toBe("number,number,string,string");
-      expect(rest).toEqual({});
-      expect(name.isWellFormed() && text.isWellFormed() && name.trim() === name && [...name].length <= 32).toBe(true);
-      expect(Buffer.byteLength(text)).toBeLessThanOrEqual(16 * 1024);
-      expect(key ?? "k").toMatch(/^[\w-]{1,64}$/);
-    }
+  expectDense(ann.messages);
+  expect(await readLog(server.url)).toEqual(ann.messages);
+  for (const { seq, at, name, text, key = "k", ...rest } of ann.messages) {
+    expect([typeof seq, typeof at, rest]).toEqual(["number", "number", {}]);
+    expect(text.isWellFormed() && name.isWellFormed() && name === name.trim() && [...name].length <= 32).toBe(true);
+    expect([Buffer.byteLength(text) <= 16 * 1024, key]).toEqual([true, expect.stringMatching(/^[\w-]{1,64}$/)]);
   }
   expect(ann.messages.length).toBeGreaterThan(100);
   expect(memoryOf(server) - memory).toBeLessThan(64);
