@@ -56,14 +56,7 @@ async function start(config: Partial<Config> = {}): Promise<Chat> {
   return chat;
 }
 
-/** A chat in a process of its own, as `bun run server.ts` starts it, with what it has printed. */
-interface ServerProcess extends Bun.Subprocess<"ignore", "pipe", "pipe"> {
-  url: string;
-  output: string;
-  errors: string;
-  env: Record<string, string>;
-}
-
+/** Runs `server.ts`, with or without a command. */
 function spawn(env: Record<string, string>, args: string[] = []) {
   const server = Bun.spawn([process.execPath, "run", SERVER, ...args], {
     env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
@@ -76,22 +69,20 @@ function spawn(env: Record<string, string>, args: string[] = []) {
   return server;
 }
 
-/** Starts a chat in a process of its own and waits until it prints its address. */
-async function spawnServer(env: Record<string, string> = {}): Promise<ServerProcess> {
+type ServerProcess = Awaited<ReturnType<typeof spawnServer>>;
+
+/** Starts a chat in a process of its own, waits until it prints its address, and collects what it prints. */
+async function spawnServer(env: Record<string, string> = {}) {
   const server = Object.assign(spawn(env), { url: "", output: "", errors: "", env });
-  const opened = Promise.withResolvers<string>();
-  opened.promise.catch(() => {});
-  const listen = async (stream: ReadableStream<Uint8Array<ArrayBuffer>>, heard: (text: string) => void) => {
-    for await (const text of stream.pipeThrough(new TextDecoderStream())) heard(text);
+  const listen = async (stream: ReadableStream<Uint8Array<ArrayBuffer>>, to: "output" | "errors") => {
+    for await (const text of stream.pipeThrough(new TextDecoderStream())) server[to] += text;
   };
-  const errors = listen(server.stderr, (text) => (server.errors += text));
-  const output = listen(server.stdout, (text) => {
-    server.output += text;
-    const url = /open: (http\S+)\n/.exec(server.output)?.[1];
-    if (url) opened.resolve(url);
+  void listen(server.stdout, "output");
+  void listen(server.stderr, "errors");
+  await eventually("the server's address", () => {
+    if (server.exitCode !== null) throw new Error(`The server ended: ${server.errors}`);
+    return (server.url = /open: (http\S+)\n/.exec(server.output)?.[1] ?? "");
   });
-  void Promise.all([errors, output]).then(() => opened.reject(new Error(`The server ended: ${server.errors}`)));
-  server.url = await within(opened.promise, "the server's address");
   return server;
 }
 
@@ -2355,11 +2346,9 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
 
 describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
   test("adds up counts and names, passes typing on, and shows who leaves, is renamed, or was on a server that died", async () => {
-    const REDIS_URL = (await ownRedis()).url;
-    const spawned = [1, 2, 3].map(() => spawnServer({ REDIS_URL, CHAT_RATE: "0" }));
-    const servers = await Promise.all(spawned);
+    const { servers } = await stage(0);
     const [ann, bo, cy, second] = await joinAll(servers, "Ann", "Bo", "Cy", "Ann");
-    const plain = await Client.join(servers[1]!.url, { plain: true });
+    const plain = await Client.join(servers[1].url, { plain: true });
     for (const client of [ann, bo, cy, second]) await client.sees(5, "Ann", "Ann", "Bo", "Cy");
     ann.send({ type: "typing" });
     for (const client of [bo, second]) expect(await client.first("typing")).toEqual({ type: "typing", name: "Ann" });
@@ -2370,9 +2359,9 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
     await second.leave();
     bo.send({ type: "name", name: "Bea" });
     for (const client of [ann, bo, cy]) await client.sees(3, "Ann", "Bea", "Cy");
-    servers[1]!.kill("SIGTERM");
+    servers[1].kill("SIGTERM");
     for (const client of [ann, cy]) await client.sees(2, "Ann", "Cy");
-    servers[2]!.kill("SIGKILL");
+    servers[2].kill("SIGKILL");
     await ann.sees(1, "Ann");
   });
 
@@ -2414,7 +2403,7 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
     const redisUrls = redises.map(({ url }) => url);
     const servers = [await start({ redisUrls }), await start({ redisUrls: redisUrls.toReversed() })];
     const homes: Client[][] = [[], []];
-    for (let room = 0; room < 20; room++) {
+    for (let room = 0; room < 30; room++) {
       const [ann, bo] = await joinAll(servers, { room: `${room}` }, { room: `${room}` });
       await ann.say("hi");
       await bo.untilMessages(1);
@@ -2425,11 +2414,11 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
     expect(homes.every(({ length }) => length > 0)).toBe(true);
     const { out } = await run({ REDIS_URL: `${redisUrls}` }, ["export"]);
     const more = { REDIS_URL: `${redisUrls},${(await ownRedis()).url}`, CHAT_PREFIX: "moved:" };
-    const lines = /^(Room ".+" belongs on redis:.+: an import moves it there[.]\n)+20 messages exported[.]\n$/;
+    const lines = /^(Room ".+" belongs on redis:.+: an import moves it there[.]\n)+30 messages exported[.]\n$/;
     expect((await run({ ...more, CHAT_PREFIX: "" }, ["export"])).said).toMatch(lines);
     expect(await importMessages(readConfig(more), out)).toEqual([]);
     const { url } = await start({ ...readConfig(more), port: 0, logLevel: "silent" });
-    for (let room = 0; room < 20; room++) expect(textsOf(await readLog(url, `${room}`))).toEqual(["hi"]);
+    for (let room = 0; room < 30; room++) expect(textsOf(await readLog(url, `${room}`))).toEqual(["hi"]);
     await redises[0].kill();
     for (const client of homes[0]!) expect(await client.end()).toBe(1013);
     for (const [n, client] of homes[1]!.entries()) await client.say(`still here ${n}`);
@@ -2513,15 +2502,10 @@ describe("an operator", () => {
     const printed = spyOn(console, "log").mockImplementation(() => {});
     started.push(() => printed.mockRestore());
     const db = newFile();
-    const chat = await start({ db });
-    for (const room of ["old", "young", "used"])
-      await (await Client.join(chat.url, { room })).say(`in the ${room} room`);
-    await chat.stop();
-    {
-      using file = new Database(db);
-      const at = Date.now() - 8 * 24 * 60 * 60 * 1000;
-      file.run("UPDATE messages SET at = ? WHERE text != 'in the young room'", [at]);
-    }
+    const at = Date.now() - 8 * 24 * 60 * 60 * 1000;
+    const lines = ["old", "used", "young"].map((room) => ({ room, seq: 1, at, name: "Ann", text: "hi" }));
+    lines[2]!.at = Date.now();
+    await importMessages({ ...readConfig({}), db }, lines.map((line) => JSON.stringify(line)).join("\n"));
     for (const [idleDays, expireMs] of [
       [0, 1],
       [9, 1],
@@ -2557,11 +2541,8 @@ describe("export and import", () => {
     await ann.untilMessages(2501);
     const lines = await exported({ ...sqlite.config, history: 1200 });
     const text = lines.map((line) => `${JSON.stringify(line)}\n`).join("");
-    expect(await run({ ...sqlite.env, CHAT_HISTORY: "1200" }, ["export"])).toEqual({
-      code: 0,
-      out: text,
-      said: "1201 messages exported.\n",
-    });
+    const said = "1201 messages exported.\n";
+    expect(await run({ ...sqlite.env, CHAT_HISTORY: "1200" }, ["export"])).toEqual({ code: 0, out: text, said });
     for (const { config } of [redis, back]) {
       expect(await importMessages({ ...readConfig({}), ...config }, text)).toEqual([]);
       const same = (await exported(config)).toSorted((a, b) => b.room.localeCompare(a.room) || a.seq - b.seq);
