@@ -1805,7 +1805,7 @@ describe("a password", () => {
     expect(Buffer.from(set, "base64").toString("latin1") + set).not.toContain("sesame");
     const Cookie = `other=1; ${cookieOf(response)}; last=2`;
     const bearers = ["Bearer sesame", "bearer sesame"].map((Authorization) => ({ Authorization }));
-    const another = await start({ password: "sesame" }); // one more server of the chat
+    const another = await start({ password: "sesame", port: await freePort() }); // one more server of the chat
     for (const headers of [{ Cookie }, ...bearers] as Record<string, string>[]) {
       for (const each of [url, another.url]) expect(await knock(each, headers)).toBe(101);
       await Client.join(url, { headers });
