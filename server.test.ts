@@ -2618,7 +2618,7 @@ describe("the command line", () => {
     expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
     const printed = spyOn(console, "log").mockImplementation(() => {});
     started.push(() => printed.mockRestore());
-    await main(["-h"]);
+    await main(["--help"]);
     const help = `${printed.mock.calls[0]?.[0]}`;
     expect(help).toMatch(/export > chat/);
     const variables = `PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_OPERATOR CHAT_ORIGINS CHAT_PROXIES

@@ -238,18 +238,13 @@ const SETTINGS = {
   sync: ["CHAT_SYNC", "full", word("full", "normal"), "full survives a power cut, normal a crash of the server"],
   redisUrls: ["REDIS_URL", "", listOf(REDIS, "redis:// addresses"), "a Redis to use instead, or several, by commas"],
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
-  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
-  operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
+  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, anyone is in"],
+  operator: ["CHAT_OPERATOR", "", String, "the password of who may remove any message"],
   origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect too"],
-  proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
+  proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "proxies in front, trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
   idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "days until an unused room is forgotten; 0: never"],
-  rate: [
-    "CHAT_RATE",
-    "20",
-    wholeNumber(0, 1_000_000),
-    "frames a second of a connection; ten times that of an address; 0: any",
-  ],
+  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of a connection; 0: any"],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
   reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
@@ -1861,11 +1856,11 @@ function help(): string {
   const settings = Object.values(SETTINGS).map(([variable, fallback, , what]) => {
     return `  ${variable.padEnd(15)} ${what}${fallback && ` (${fallback})`}`;
   });
-  return `A chat server in one file. It needs nothing: start it, and open the address it prints.
+  return `A chat server in one file: start it, and open the address it prints.
 
   bun run server.ts                      serves the chat
   bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
-  bun run server.ts import [chat.jsonl]  takes them, from a file or standard input, into a store without those rooms
+  bun run server.ts import [chat.jsonl]  takes them into a store without those rooms
 
 Settings are environment variables, or lines of a file .env:
 ${settings.join("\n")}`;
