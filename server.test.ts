@@ -2152,6 +2152,8 @@ test("Whatever a generator makes up is answered or refused, and the others see o
     await Promise.all(Array.from({ length: 20 }, () => attack().catch(() => {}))); // an early end is an answer too
     await ann.settle();
   }
+  await ann.sees(1, "Ann"); // the others have left: whatever they sent was received
+  await ann.say("the end");
   expectDense(ann.messages);
   expect(await readLog(server.url)).toEqual(ann.messages);
   for (const { seq, at, name, text, key = "k", ...rest } of ann.messages) {
