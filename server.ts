@@ -58,6 +58,7 @@ const QUEUE_FRAME_BYTES = 64; // for each queued frame beside its text
 const BACKPRESSURE_BYTES = 512 * 1024; // for a slow reader: with the frame that passes it, 1 MiB
 // Under load messages are gathered, which saves system calls, until one of these is reached.
 const GATHER_MS = 6;
+const MAX_GATHER_MS = 20; // for 1,000 people
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
 const STEP_MESSAGES = 1000; // trimmed, exported or sent to Redis at once: few, so that others get in between
@@ -432,7 +433,7 @@ class Inbox {
   receive(ws: Socket, data: string | Buffer): void {
     const member = ws.data;
     member.heardAt = performance.now();
-    if (ws.readyState !== WebSocket.OPEN) return; // it came with a frame that closed the connection
+    if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
     // A ping passes the queue, or a client that is slowed would take its connection for dead.
@@ -482,7 +483,7 @@ class Inbox {
 
   /** Does what a frame asks, or tells its sender what is wrong with it. */
   #act(member: Member, frame: ClientFrame | ErrorFrame): void {
-    // In a room that was lost, a frame would overtake those before it, which the client sends again.
+    // In a lost room, a frame would overtake those that the client must send again.
     if (this.isStopping || member.room.state === "closed") return;
     const error = frame.type === "error" ? frame : this.#refusal(member, frame);
     if (!error) return;
@@ -573,8 +574,8 @@ interface Broker {
   stop(): void;
 }
 
-/** Batches items under load; one that comes after {@link GATHER_MS} of quiet is handled at once. */
-class Gatherer<Item> {
+/** Batches items under load, as long as sending takes; after a quiet time, handles one at once. */
+class Gatherer<Item extends { room: Room }> {
   readonly #items: Item[] = [];
   #characters = 0;
   #timer: Timer | undefined;
@@ -586,9 +587,10 @@ class Gatherer<Item> {
     this.#items.push(item);
     this.#characters += characters;
     const isEnough = this.#items.length >= GATHER_POSTS || this.#characters >= GATHER_CHARACTERS;
-    const isQuiet = this.#items.length === 1 && performance.now() - this.#doneAt >= GATHER_MS;
+    const waitMs = Math.min(MAX_GATHER_MS, Math.max(GATHER_MS, item.room.members.size / 50));
+    const isQuiet = this.#items.length === 1 && performance.now() - this.#doneAt >= waitMs;
     if (isEnough || isQuiet) this.flush();
-    else this.#timer ??= setTimeout(() => this.flush(), GATHER_MS);
+    else this.#timer ??= setTimeout(() => this.flush(), waitMs);
   }
 
   flush(): void {
@@ -1049,8 +1051,7 @@ class RedisBroker implements Broker {
       for (const message of messages) {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was not heard`); // RULE 3
-        // A lower one was in the log when the room was opened.
-        if (message.seq === seq) next.push(message);
+        if (message.seq === seq) next.push(message); // a lower one was read when the room was opened
       }
     }
     // RULE 1: no await since `last` was read.
@@ -1074,8 +1075,7 @@ class RedisBroker implements Broker {
   async drain(): Promise<void> {
     const until = performance.now() + DRAIN_MS;
     while (this.#storing > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
-    // What was stored is heard by now.
-    await Bun.sleep(GATHER_MS);
+    await Bun.sleep(GATHER_MS); // to hear
     this.#gatherer.flush();
   }
 
