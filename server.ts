@@ -431,7 +431,7 @@ class Inbox {
     if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
-    // A ping passes the queue, or a client that is slowed would take its connection for dead.
+    // A ping passes the queue, or a slowed client would take its connection for dead.
     if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
     this.pace(member, frame, data.length);
   }
@@ -457,7 +457,7 @@ class Inbox {
     if (member.state !== "here") return;
     if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
     if (member.queue.length === 0) return;
-    // Many connections may wait for one address: each looks no more often than its own tokens come.
+    // Many may wait for one address: each looks only when its own tokens come.
     wait = Math.max(wait, 1000 / this.rooms.config.rate);
     member.draining = setTimeout(() => {
       member.draining = undefined;
@@ -506,7 +506,7 @@ class Inbox {
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
     if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
     if (removes !== undefined && !isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
-    // A lone surrogate has no UTF-8: replaced now, it looks the same live and when it is read later.
+    // A lone surrogate has no UTF-8: replaced now, it looks the same live and later.
     const post = { at: Date.now(), name, from, text: text.toWellFormed(), removes, key: key || undefined };
     room.broker.append({ room, sender: ws.data, ...post });
   }
