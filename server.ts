@@ -50,6 +50,7 @@ const TYPING_MS = 2000; // between two typing frames of a sender that are passed
 // Rates: CHAT_RATE is that of one connection.
 const BURST_SECONDS = 10; // worth of frames that a silent sender may send at once
 const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
+const PAGE_TOKENS = 10; // of its address: a page costs as much as ten posts
 const FREE_TRIES = 5; // wrong passwords of an address at once; then one a minute
 const MAX_BUCKETS = 10_000; // of each kind
 // What is buffered for one connection.
@@ -61,8 +62,9 @@ const GATHER_MS = 6;
 const MAX_GATHER_MS = 20; // for 1,000 people
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
-const STEP_MESSAGES = 1000; // trimmed, exported or sent to Redis at once: few, so that others get in between
+const STEP_MESSAGES = 1000; // trimmed or sent to Redis at once: few, so that others get in between
 const STEP_KEYS = 10_000; // read at once: 5 ms
+const VACUUM_BYTES = 32 * 1024 * 1024; // of a database that is rewritten at the end: 1 s
 // Requests and cookies.
 const MAX_BODY = 4096; // bytes: a password
 const DAY_SECONDS = 24 * 60 * 60;
@@ -236,18 +238,13 @@ const SETTINGS = {
   sync: ["CHAT_SYNC", "full", word("full", "normal"), "full survives a power cut, normal a crash of the server"],
   redisUrls: ["REDIS_URL", "", listOf(REDIS, "redis:// addresses"), "a Redis to use instead, or several, by commas"],
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
-  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, whoever reaches the port is in"],
-  operator: ["CHAT_OPERATOR", "", String, "a second password: whoever gives it may remove any message"],
+  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, anyone is in"],
+  operator: ["CHAT_OPERATOR", "", String, "the password of who may remove any message"],
   origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect too"],
-  proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "how many proxies in front are trusted to add X-Forwarded-For"],
+  proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "proxies in front, trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
   idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "days until an unused room is forgotten; 0: never"],
-  rate: [
-    "CHAT_RATE",
-    "20",
-    wholeNumber(0, 1_000_000),
-    "frames a second of a connection; ten times that of an address; 0: any",
-  ],
+  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of a connection; 0: any"],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
   reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
@@ -318,8 +315,8 @@ class TokenBuckets<Owner> {
     return Math.max(0, Math.ceil(((1 - this.#tokens(owner)) * 1000) / this.rate.perSecond));
   }
 
-  take(owner: Owner): void {
-    const tokens = this.#tokens(owner) - 1;
+  take(owner: Owner, count = 1): void {
+    const tokens = this.#tokens(owner) - count;
     this.#buckets.set(owner, { tokens, at: performance.now() });
     dropOldest(this.#buckets, MAX_BUCKETS);
   }
@@ -352,8 +349,8 @@ interface Visitor {
 }
 
 /**
- * Joining: its frames wait in the queue until its hello is out. Here: it gets every message of its room. Refused: it
- * was sent away, without a password, or because its room was lost. Gone: its socket is closed.
+ * Joining: its frames wait until its hello is out. Here: it gets every message. Refused: it was sent away, without a
+ * password, or because its room was lost. Gone: its socket is closed.
  */
 type MemberState = "joining" | "here" | "refused" | "gone";
 
@@ -375,10 +372,7 @@ class Member {
   ) {}
 }
 
-/**
- * Who is in a room on one server: each id once, the number of sockets without one, and of those who speak chat.v1 at
- * most PRESENCE_PEOPLE.
- */
+/** Who is in a room on one server: each id once, the sockets without one, at most PRESENCE_PEOPLE of chat.v1. */
 type Here = { ids: string[]; nameless: number; people: Person[] };
 
 /** A room while somebody is in it. */
@@ -395,6 +389,7 @@ class Room {
   waiting: Post[] = []; // posts to be stored next; SQLite: once the keys are read
   isStoring = false; // Redis: whether others are being stored
   early: Heard[] = []; // Redis: what was heard while the room was opening
+  readonly removed = new Set<number>(); // Redis: seqs that were taken back since then
   // What the rooms set:
   readonly pendingJoins = new Set<Message[]>(); // for each who is joining: what was delivered since it read the log
   readonly elsewhere = new Map<string, Here>(); // who is here on other servers
@@ -436,7 +431,7 @@ class Inbox {
     if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
-    // A ping passes the queue, or a client that is slowed would take its connection for dead.
+    // A ping passes the queue, or a slowed client would take its connection for dead.
     if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
     this.pace(member, frame, data.length);
   }
@@ -462,7 +457,7 @@ class Inbox {
     if (member.state !== "here") return;
     if (member.ws.isPaused && member.queueBytes < QUEUE_BYTES / 2) member.ws.resume();
     if (member.queue.length === 0) return;
-    // Many connections may wait for one address: each looks no more often than its own tokens come.
+    // Many may wait for one address: each looks only when its own tokens come.
     wait = Math.max(wait, 1000 / this.rooms.config.rate);
     member.draining = setTimeout(() => {
       member.draining = undefined;
@@ -477,7 +472,7 @@ class Inbox {
     const wait = Math.max(this.senders.wait(member), network === "" ? 0 : this.addresses.wait(network));
     if (wait > 0) return wait;
     this.senders.take(member);
-    if (network !== "") this.addresses.take(network);
+    if (network !== "") this.addresses.take(network, member.queue[0]?.frame.type === "page" ? PAGE_TOKENS : 1);
     return 0;
   }
 
@@ -511,7 +506,7 @@ class Inbox {
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
     if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
     if (removes !== undefined && !isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
-    // A lone surrogate has no UTF-8: replaced now, it looks the same live and when it is read later.
+    // A lone surrogate has no UTF-8: replaced now, it looks the same live and later.
     const post = { at: Date.now(), name, from, text: text.toWellFormed(), removes, key: key || undefined };
     room.broker.append({ room, sender: ws.data, ...post });
   }
@@ -638,7 +633,8 @@ function messageOf(row: Row): Message {
 /** Keeps the logs in one SQLite file: commits a batch in one transaction, then delivers it. */
 class SqliteBroker implements Broker {
   readonly #db: Database;
-  readonly #close: () => void;
+  readonly #close: (hasRemoved: boolean) => void;
+  #hasRemoved = false;
   readonly #select: Statement<Row, [number, number, number]>;
   readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // all, or none
   readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
@@ -734,6 +730,7 @@ class SqliteBroker implements Broker {
     if (!target || target.removes !== null || seq <= room.last - this.rooms.config.history) return "gone";
     if (role !== "operator" && !(from && target.from === from)) return "not-yours";
     if (target.removed) return seq;
+    this.#hasRemoved = true;
     this.#db.query("UPDATE messages SET text = '', removed = 1 WHERE room = ? AND seq = ?").run(room.row, seq);
   }
 
@@ -749,7 +746,7 @@ class SqliteBroker implements Broker {
     clearTimeout(this.#trimming);
     clearInterval(this.#expiring);
     this.#expiring = undefined;
-    this.#close();
+    this.#close(this.#hasRemoved);
   }
 
   /** Deletes a room's oldest messages, step by step. */
@@ -794,7 +791,7 @@ class SqliteBroker implements Broker {
 }
 
 /** Opens the database for this process alone: the system frees the lock when it dies. @throws StartError */
-function openLocked({ db: path, sync }: Config): { db: Database; close: () => void } {
+function openLocked({ db: path, sync }: Config): { db: Database; close: (hasRemoved: boolean) => void } {
   let lock: Database | undefined;
   try {
     if (path !== ":memory:") {
@@ -804,9 +801,12 @@ function openLocked({ db: path, sync }: Config): { db: Database; close: () => vo
       lock.run("BEGIN EXCLUSIVE"); // never committed
     }
     const db = openDatabase(path, sync);
-    const close = () => {
-      // No text that was taken back is left there.
-      db.run("PRAGMA wal_checkpoint(TRUNCATE)");
+    const close = (hasRemoved: boolean) => {
+      try {
+        // Rows that were moved leave copies behind, which only this clears.
+        if (hasRemoved && Bun.file(path).size < VACUUM_BYTES) db.run("VACUUM");
+        db.run("PRAGMA wal_checkpoint(TRUNCATE)");
+      } catch {} // a full disk: the next stop does it
       db.close();
       lock?.close();
     };
@@ -864,7 +864,6 @@ const SILENT_MS = 5000; // after which a connection is dead: each carries heartb
 const ALIVE_MS = 9000; // after a server's last sign of life, until its people are gone
 const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
 const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
-const KEEP_BEATS = 900; // until an open room is given OPEN_SECONDS again
 const LOG_DIGITS = 16; // of an epoch name the log, those after them the run of Redis
 
 /** What every script on a room begins with. KEYS: room, log, keys. */
@@ -931,10 +930,16 @@ end
 expire(${OPEN_SECONDS}, 'GT')
 return {epoch, last, redis.call('LLEN', log)}`;
 
-/** ARGV: epoch ("": any), from, to. Returns nil if the log is another one. */
+/** ARGV: epoch, from, to. Returns the newest PAGE_BYTES or a little more, newest first; nil if the log is another one. */
 const READ_SCRIPT = `${SCRIPT_HEAD}
-if ARGV[1] ~= '' and epoch ~= ARGV[1] then return false end
-return redis.call('LRANGE', log, math.max(ARGV[2] - last - 1, -redis.call('LLEN', log)), ARGV[3] - last - 1)`;
+if epoch ~= ARGV[1] then return false end
+local texts, bytes = {}, 0
+for seq = ARGV[3], math.max(ARGV[2], last - redis.call('LLEN', log) + 1), -1 do
+  texts[#texts + 1] = redis.call('LINDEX', log, seq - last - 1)
+  bytes = bytes + #texts[#texts]
+  if bytes > ${2 * PAGE_BYTES} then break end
+end
+return texts`;
 
 /** Messages that were stored together, and the epoch of their log, without the run. */
 type Heard = { room: Room; epoch: string; messages: Message[] };
@@ -950,7 +955,6 @@ class RedisBroker implements Broker {
   readonly #server = randomHex(64); // this server's name among those that share the Redis
   #link: Link | undefined; // undefined while Redis is away
   readonly #alive = new Map<string, number>(); // the last sign of life of each server
-  #beats = 0;
   #storing = 0; // rooms whose posts are being stored
   readonly #gatherer = new Gatherer<Heard>((heard) => {
     for (const [room, some] of Map.groupBy(heard, (each) => each.room)) this.#deliver(room, some);
@@ -1052,6 +1056,7 @@ class RedisBroker implements Broker {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was not heard`); // RULE 3
         if (message.seq === seq) next.push(message); // a lower one was read when the room was opened
+        if (message.removes) room.removed.add(message.removes);
       }
     }
     // RULE 1: no await since `last` was read.
@@ -1061,13 +1066,15 @@ class RedisBroker implements Broker {
 
   async read(room: Room, from: number, to: number): Promise<Message[]> {
     if (to < from) return [];
-    const texts = (await this.#run(READ_SCRIPT, room, [logEpoch(room), `${from}`, `${to}`])) as string[] | null;
+    const args = [logEpoch(room), `${from}`, `${to}`];
+    const texts = (await this.#run(READ_SCRIPT, room, args)) as string[] | null;
     if (!texts) throw new Error("it is another one");
-    return newestThatFit(texts.reverse().map((text) => JSON.parse(text) as Message));
+    const messages = newestThatFit(texts.map((text) => JSON.parse(text) as Message));
+    // What was read may be older than a removal that was heard meanwhile.
+    return messages.map((each) => (room.removed.has(each.seq) ? { ...each, text: "", removed: true } : each));
   }
 
   tell(room: Room, notice: Notice): void {
-    // Where a notice is lost, so is the room.
     const text = JSON.stringify({ server: this.#server, ...notice });
     this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore);
   }
@@ -1142,9 +1149,6 @@ class RedisBroker implements Broker {
       this.#alive.delete(server);
       for (const room of this.#rooms()) if (room.elsewhere.delete(server)) this.rooms.presenceChanged(room);
     }
-    if (++this.#beats % KEEP_BEATS > 0) return;
-    for (const key of this.#rooms().flatMap(this.#keys))
-      link.commands.send("EXPIRE", [key, `${OPEN_SECONDS}`, "GT"]).catch(ignore);
   }
 
   /** Sent whole: Redis may have forgotten its hash. */
@@ -1216,7 +1220,6 @@ class Rooms {
   /** RULE 3: whoever is in the room comes back and resumes. */
   lose(room: Room, why: string): void {
     if (room.state === "closed") return;
-    this.log("debug", `${room} is lost. ${why}.`);
     this.#close(room);
     for (const member of room.members) {
       if (member.state !== "gone") member.state = "refused";
@@ -1330,6 +1333,7 @@ class Rooms {
     clearTimeout(member.draining);
     member.state = "gone";
     if (state === "joining") return; // what it sent is stored when the room is open
+    member.queue = []; // its token bucket outlives it
     if (state === "here") this.log("info", `${member.visitor.address} left ${room} (${code})`);
     this.#release(member);
   }
@@ -1372,10 +1376,11 @@ class Rooms {
   /** Pings silent connections, and ends those that stay so. (Whatever is sent puts off Bun's idle timer.) */
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
-    for (const { ws, heardAt } of this.#members()) {
-      const silent = ws.isPaused ? 0 : performance.now() - heardAt; // while paused, its answers are not read
-      if (silent >= silenceMs) ws.terminate();
-      else if (silent >= silenceMs / 3) ws.ping();
+    for (const member of this.#members()) {
+      if (member.ws.isPaused) member.heardAt = performance.now(); // its answers are not read
+      const silent = performance.now() - member.heardAt;
+      if (silent >= silenceMs) member.ws.terminate();
+      else if (silent >= silenceMs / 3) member.ws.ping();
     }
   }
 
@@ -1623,11 +1628,10 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
 /** Upgrades to a WebSocket: a ladder of guards, each with its status and sentence. */
 function handshake(request: Request, url: URL, server: Server, access: Access): Response | undefined {
   const { headers } = request;
-  if (headers.get("upgrade")?.toLowerCase() !== "websocket") {
-    return refuse(426, "Here a WebSocket is expected.", { Upgrade: "websocket", Connection: "Upgrade" });
-  }
-  if (headers.get("sec-websocket-version") !== "13") {
-    return refuse(426, "The WebSocket version is 13.", { "Sec-WebSocket-Version": "13" }); // RFC 6455 section 4.2.2
+  const isWebSocket = headers.get("upgrade")?.toLowerCase() === "websocket";
+  if (!isWebSocket || headers.get("sec-websocket-version") !== "13") {
+    const wanted = { Upgrade: "websocket", Connection: "Upgrade", "Sec-WebSocket-Version": "13" };
+    return refuse(426, "Here a WebSocket of version 13 is expected.", wanted); // RFC 6455 section 4.2.2
   }
   if (!originAllowed(headers, access.config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
   const roomName = roomOf(url.pathname.slice("/ws/".length));
@@ -1646,20 +1650,15 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   const address = addressOf(request, server, access.config.proxies);
   const network = networkOf(address);
   const from = idOf(request, roomName);
-  const resume = placeOf(url.searchParams);
+  const [epoch, after] = [url.searchParams.get("epoch"), url.searchParams.get("after") ?? ""];
+  const resume = epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
   const visitor = { roomName, address, network, isChat, from, role: isRefused ? "guest" : role, resume } as const;
   const data = new Member(name, visitor);
   if (isRefused) data.state = "refused";
   // A browser that offers a subprotocol fails when it is answered none: the WHATWG WebSockets standard.
   const chosen: Record<string, string> = isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {};
-  const isUpgraded = server.upgrade(request, { data, headers: chosen });
-  return isUpgraded ? undefined : refuse(400, "The WebSocket handshake is not complete.");
-}
-
-/** Where a client left off, if it says so. */
-function placeOf(query: URLSearchParams): Visitor["resume"] {
-  const [epoch, after] = [query.get("epoch"), query.get("after") ?? ""];
-  return epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
+  if (server.upgrade(request, { data, headers: chosen })) return undefined;
+  return refuse(400, "The WebSocket handshake is not complete.");
 }
 
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
@@ -1736,13 +1735,9 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
   for (const room of rooms) {
     const home = config.redisUrls[homeOf(room, config.redisUrls)] as string;
     if (home !== url) console.error(`Room "${room}" belongs on ${withoutPassword(home)}: an import moves it there.`);
-    const keys = roomKeys(config, room);
-    const last = Number(await redis.send("HGET", [keys[0], "last"]));
-    for (let from = Math.max(1, last - config.history + 1); from <= last; from += STEP_MESSAGES) {
-      const to = Math.min(last, from + STEP_MESSAGES - 1);
-      const texts = (await redis.send("EVAL", [READ_SCRIPT, "3", ...keys, "", `${from}`, `${to}`])) as string[];
-      for (const text of texts) yield { room, ...(JSON.parse(text) as Message) };
-    }
+    const range = [roomKeys(config, room)[1], `${-config.history}`, "-1"];
+    const texts = (await redis.send("LRANGE", range)) as string[];
+    for (const text of texts) yield { room, ...(JSON.parse(text) as Message) };
   }
   redis.close();
 }
@@ -1809,7 +1804,7 @@ function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
     return true;
   });
   const refused = [...rooms].filter(([room, lines]) => !isTaken.immediate(room, lines));
-  close();
+  close(false);
   return refused.map(([room]) => room);
 }
 
@@ -1844,8 +1839,8 @@ async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<
 
 /** Does what the command line asks. @throws StartError when it asks for something else */
 export async function main([command, ...rest]: string[]): Promise<void> {
-  if (command === "--help" || command === "-h") return console.log(help());
-  if (command === "--version" || command === "-v") return console.log(version);
+  if (command === "--help") return console.log(help());
+  if (command === "--version") return console.log(version);
   if (command === undefined) return serve(readConfig(process.env));
   if (command === "export" && rest.length === 0) return printExport(readConfig(process.env));
   if (command === "import" && rest.length <= 1) {
@@ -1861,12 +1856,11 @@ function help(): string {
   const settings = Object.values(SETTINGS).map(([variable, fallback, , what]) => {
     return `  ${variable.padEnd(15)} ${what}${fallback && ` (${fallback})`}`;
   });
-  return `A chat server in one file. It needs nothing: start it, and open the address it prints.
+  return `A chat server in one file: start it, and open the address it prints.
 
   bun run server.ts                      serves the chat
   bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
-  bun run server.ts import [chat.jsonl]  takes them, from a file or standard input, into a store without those rooms
-  bun run server.ts --help | --version
+  bun run server.ts import [chat.jsonl]  takes them into a store without those rooms
 
 Settings are environment variables, or lines of a file .env:
 ${settings.join("\n")}`;
