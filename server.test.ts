@@ -2474,7 +2474,7 @@ describe("an operator", () => {
 
   test("who embeds the chat is told by an error why it does not start", async () => {
     const port = Number(new URL((await start()).url).port);
-    await expect(start({ port })).rejects.toThrow(`PORT=${port}: another program listens there`);
+    await expect(start({ port })).rejects.toThrow(`PORT=${port}: already in use`);
     await expect(start({ host: "203.0.113.1" })).rejects.toThrow("HOST=203.0.113.1 PORT=0: cannot listen: ");
     await expect(exported({ db: join(FOLDER, "nothing.sqlite") })).rejects.toThrow(": there is no such database");
   });
@@ -2482,7 +2482,7 @@ describe("an operator", () => {
   test("sees at each LOG_LEVEL what it is for, and no sign that a terminal obeys", async () => {
     const printed = spyOn(console, "log").mockImplementation(() => {});
     started.push(() => printed.mockRestore());
-    const joined = " joined the lobby (Ann)";
+    const joined = " joined the lobby (Ann, no id)";
     const said = 'the lobby #1 Ann: "a\\nb\\u{9b}c\\u{202e}d\\u{2028}e"';
     const left = " left the lobby (1005)";
     const lines = { silent: [], error: [], info: [joined, left], debug: [joined, said, left] };
