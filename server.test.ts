@@ -3211,6 +3211,9 @@ describePage("scrolling", () => {
     await tab.run(() => (location.hash = "#1200"));
     await untilFound(tab, 1200);
     seen.push(await sweep(tab, -6000, 1), await sweep(tab, 6000, 2400));
+    await tab.size(800, 16_000); // more than what is drawn at most can fill
+    await drawn(tab);
+    await tab.size(800, 600);
     await tab.view.click("#newer");
     await tab.untilText("Message 10000 ");
     expect(Math.max(...seen.map(({ moved }) => moved))).toBeLessThan(1);
