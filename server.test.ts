@@ -87,11 +87,7 @@ async function spawnServer(env: Record<string, string> = {}) {
 }
 
 /** Ends a server and starts it again on the same port, with the same settings. */
-async function restart(
-  server: ServerProcess,
-  signal: "SIGKILL" | "SIGTERM",
-  meanwhile: () => unknown = () => {},
-): Promise<ServerProcess> {
+async function restart(server: ServerProcess, signal: "SIGKILL" | "SIGTERM", meanwhile = (): unknown => undefined) {
   server.kill(signal);
   const code = await within(server.exited, "the server's end");
   if (signal === "SIGTERM") expect(code).toBe(0);
@@ -967,7 +963,7 @@ describe("over HTTP", () => {
     }
   });
 
-  test("HEAD answers with the headers of GET alone, and a page that the browser has is not sent again", async () => {
+  test("HEAD answers with the headers of GET alone; the page is not sent twice, and compressed for those who accept it", async () => {
     const { url } = await start();
     const [head, get] = [await fetch(url, { method: "HEAD" }), await fetch(url)];
     expect([head.status, await head.text()]).toEqual([200, ""]);
@@ -979,10 +975,6 @@ describe("over HTTP", () => {
     for (const tag of [etag, etag.slice(2), `"other", ${etag}`])
       expect([tag, (await again(tag)).status]).toEqual([tag, 304]);
     expect((await again('"other"')).status).toBe(200);
-  });
-
-  test("the page is compressed for those who accept it, and only for them", async () => {
-    const { url } = await start();
     for (const [accept, encoding] of Object.entries({ identity: null, "gzip;q=0": null, "br, gzip": "gzip" })) {
       const response = await fetch(url, { headers: { "Accept-Encoding": accept }, decompress: false });
       const isSmall = (await response.bytes()).length < 30_000;
@@ -1033,8 +1025,7 @@ describeStore("a plain socket", (make) => {
 
   test("receives nothing else, whatever the others do", async () => {
     const { url } = await start((await make()).config);
-    const plain = await Client.join(url, { plain: true });
-    const ann = await Client.join(url, { name: "Ann" });
+    const [plain, ann] = await joinAll(url, { plain: true }, "Ann");
     for (const type of ["typing", "ping", "page", "nonsense"]) ann.send({ type });
     ann.send({ type: "name", name: "Anna" });
     await ann.first("presence");
@@ -1050,8 +1041,7 @@ describeStore("a plain socket", (make) => {
 
   test("meets chat.v1 in the same room, under the name that it gave", async () => {
     const { url } = await start((await make()).config);
-    const [ann, bot] = await joinAll(url, "Ann", { plain: true, name: "bot" });
-    const plain = await Client.join(url, { plain: true });
+    const [ann, bot, plain] = await joinAll(url, "Ann", { plain: true, name: "bot" }, { plain: true });
     bot.send("built");
     plain.send("hello");
     ann.post("thanks", "k");
@@ -2358,8 +2348,8 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
   });
 });
 
-describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
-  test("adds up counts and names, passes typing on, and shows who leaves, is renamed, or was on a server that died", async () => {
+describe.skipIf(!REDIS_SERVER)("with Redis", () => {
+  test("presence adds up counts and names, passes typing on, and shows who leaves, is renamed, or was on a server that died", async () => {
     const { servers } = await stage(0);
     const [ann, bo, cy, second] = await joinAll(servers, "Ann", "Bo", "Cy", "Ann");
     const plain = await Client.join(servers[1].url, { plain: true });
@@ -2379,7 +2369,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
     await ann.sees(1, "Ann");
   });
 
-  test("is right again after people were sent away and came back", async () => {
+  test("presence is right again after people were sent away and came back", async () => {
     const { redis, wire, servers } = await stage(0);
     const [ann] = await joinAll(servers, "Ann");
     for (let time = 0; time < 3; time++) {
@@ -2394,9 +2384,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
     const di = await joinWhenOpen(servers[2].url, { name: "Di" });
     for (const client of [bea, di]) await client.sees(2, "Bea", "Di");
   });
-});
 
-describe.skipIf(!REDIS_SERVER)("with Redis", () => {
   test("a room leaves after CHAT_IDLE_DAYS, never with 0, and stays while somebody is in it", async () => {
     const redis = await ownRedis();
     for (const idleDays of [7, 0]) {
@@ -2520,12 +2508,8 @@ describe("an operator", () => {
     const lines = ["used", "old", "young"].map((room) => ({ room, seq: 1, at, name: "Ann", text: "hi" }));
     lines[2]!.at = Date.now();
     await importMessages({ ...readConfig({}), db }, lines.map((line) => JSON.stringify(line)).join("\n"));
-    for (const [idleDays, expireMs] of [
-      [0, 1],
-      [9, 1],
-      [7, 86_400_000],
-      [7, 1000],
-    ] as const) {
+    for (const row of ["0 1", "9 1", "7 86400000", "7 1000"]) {
+      const [idleDays, expireMs] = row.split(" ").map(Number) as [number, number];
       const { url, stop } = await start({ db, idleDays, expireMs, logLevel: "info" });
       await Client.join(url, { room: "used" });
       const told = () => printed.mock.calls.some(([line]) => `${line}`.startsWith('Room "old" was forgotten: '));
