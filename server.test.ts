@@ -2450,6 +2450,7 @@ describe("an operator", () => {
       expect(() => readConfig({ REDIS_URL: "redis://localhost", [name]: value })).toThrow(`${setting}: must be `);
     }
     expect(() => readConfig({ REUSE_PORT: "1" })).toThrow("REUSE_PORT=1: needs REDIS_URL, ");
+    expect(() => readConfig({ CHAT_PASSWROD: "x" })).toThrow("CHAT_PASSWROD: no such setting");
     expect(() => readConfig({ TLS_CERT: "cert.pem" })).toThrow("TLS_CERT and TLS_KEY: ");
     expect(() => readConfig({ CHAT_PASSWORD: "a", CHAT_OPERATOR: "a" })).toThrow("CHAT_OPERATOR: must differ");
     expect(() => readConfig({ REDIS_URL: "http://us:pa@ss@localhost" })).toThrow("REDIS_URL=http://…@localhost: must");

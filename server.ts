@@ -292,7 +292,7 @@ type Logger = (level: "error" | "info" | "debug", line: string) => void;
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
-    // Names and texts may hold characters that a terminal obeys.
+    // A terminal obeys some characters.
     const escape = (character: string) => `\\u{${character.codePointAt(0)?.toString(16)}}`;
     const seen = line.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escape);
     if (level === "error") console.error(seen);
@@ -307,7 +307,7 @@ function dropOldest<Key>(entries: Map<Key, unknown> | Set<Key>, max: number): vo
 
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
-/** A bucket for each owner: `burst` tokens after a silence, `perSecond` on average. */
+/** For each owner `burst` tokens after a silence, `perSecond` on average. */
 class TokenBuckets<Owner> {
   readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
 
