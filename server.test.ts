@@ -173,11 +173,7 @@ class Redis {
 
   async command(command: string, ...args: string[]): Promise<unknown> {
     const client = new Bun.RedisClient(this.url, { autoReconnect: false });
-    try {
-      return await client.send(command, args);
-    } finally {
-      client.close();
-    }
+    return client.send(command, args).finally(() => client.close());
   }
 
   async keys(pattern = "*"): Promise<string[]> {
@@ -1546,17 +1542,12 @@ describeStore("once", (make) => {
 });
 
 describeStore("resume", (make) => {
-  /** Fills the lobby with m1, m2 … and returns its epoch. */
-  async function filled(url: string, count: number): Promise<string> {
-    const ann = await Client.join(url);
-    ann.postAll(count);
-    await ann.until("all posts", () => ann.messages.length + ann.all("ack").length >= count);
-    return (await ann.first("hello")).epoch;
-  }
-
   test("gives each of five hundred exactly what they missed", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0 });
-    const epoch = await filled(url, 500);
+    const ann = await Client.join(url);
+    ann.postAll(500);
+    await ann.untilMessages(500);
+    const { epoch } = await ann.first("hello");
     const places = Array.from({ length: 501 }, (_, after) => Client.join(url, { epoch, after })); // all at once
     for (const [after, client] of (await Promise.all(places)).entries()) {
       const { resumed, messages, last } = await client.first("hello");
@@ -1566,7 +1557,10 @@ describeStore("resume", (make) => {
 
   test("starts afresh when the epoch is another, the place is out of the log, or too much was missed", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0, history: 1500 });
-    const epoch = await filled(url, 2000);
+    const ann = await Client.join(url);
+    ann.postAll(2000);
+    await ann.untilMessages(2000);
+    const { epoch } = await ann.first("hello");
     const places = [2001, 999, 499, 0].map((after) => ({ epoch, after }));
     for (const place of [{ epoch: "0".repeat(16), after: 2000 }, ...places]) {
       const { resumed, first, messages } = await (await Client.join(url, place)).first("hello");
@@ -2136,7 +2130,6 @@ test("Whatever a generator makes up is answered or refused, and the others see o
   };
   const server = await spawnServer({ CHAT_RATE: "0" });
   const ann = await Client.join(server.url, { name: "Ann" });
-  const memory = memoryOf(server);
   const attack = async () => {
     const plain = odds(0.2);
     const client = await Client.join(server.url, { plain });
@@ -2164,9 +2157,7 @@ test("Whatever a generator makes up is answered or refused, and the others see o
     expect([Buffer.byteLength(text) <= 16 * 1024, key]).toEqual([true, expect.stringMatching(/^[\w-]{1,64}$/)]);
   }
   expect(ann.messages.length).toBeGreaterThan(100);
-  expect(memoryOf(server) - memory).toBeLessThan(64);
   expect([server.exitCode, server.errors]).toEqual([null, ""]);
-  console.log(`The generator (seed ${SEED}) tried ${tried} frames; ${ann.messages.length} were posts.`);
 });
 
 // ─── Several servers, one chat ───────────────────────────────────────────────────────────────────────────────────────
@@ -2595,35 +2586,30 @@ describe("export and import", () => {
   });
 });
 
-describe("the command line", () => {
-  test("tells its commands, its settings and its version, and refuses others", async () => {
-    const { version } = await Bun.file(join(import.meta.dir, "package.json")).json();
-    expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
-    const printed = spyOn(console, "log").mockImplementation(() => {});
-    started.push(() => printed.mockRestore());
-    await main(["--help"]);
-    const help = `${printed.mock.calls[0]?.[0]}`;
-    expect(help).toMatch(/export > chat/);
-    const variables = `PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_OPERATOR CHAT_ORIGINS CHAT_PROXIES
-      CHAT_HISTORY CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
-    for (const variable of variables.split(/\s+/)) expect(help).toMatch(new RegExp(`^  ${variable} +[^ ]`, "m"));
-    for (const words of ["expotr", "export x", "import x y"]) {
-      await expect(main(words.split(" "))).rejects.toThrow(`${words}: no such command; --help lists them.`);
-    }
-    await expect(main(["import", join(FOLDER, "no such file")])).rejects.toThrow(/no such file/);
-  });
+test("The command line tells its commands, its settings and its version, and refuses others.", async () => {
+  const { version } = await Bun.file(join(import.meta.dir, "package.json")).json();
+  expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
+  const { out: help } = await run({}, ["--help"]);
+  expect(help).toMatch(/export > chat/);
+  const variables = `PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_OPERATOR CHAT_ORIGINS CHAT_PROXIES
+    CHAT_HISTORY CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
+  for (const variable of variables.split(/\s+/)) expect(help).toMatch(new RegExp(`^  ${variable} +[^ ]`, "m"));
+  for (const words of ["expotr", "export x", "import x y"]) {
+    await expect(main(words.split(" "))).rejects.toThrow(`${words}: no such command; --help lists them.`);
+  }
+  await expect(main(["import", join(FOLDER, "no such file")])).rejects.toThrow(/no such file/);
+});
 
-  test("builds one executable that serves the chat from an empty folder", async () => {
-    const file = join(FOLDER, "executable", "chat");
-    const build = ["build", "--compile", SERVER, "--outfile", file];
-    expect(Bun.spawnSync([process.execPath, ...build]).exitCode).toBe(0);
-    const server = Bun.spawn([file], { cwd: join(FOLDER, "executable"), env: { PORT: "0" }, stdout: "pipe" });
-    started.push(() => server.kill("SIGKILL"));
-    const { value } = await within(server.stdout.getReader().read(), "its address");
-    const url = /http\S+/.exec(new TextDecoder().decode(value))![0];
-    expect(await (await fetch(url)).text()).toBe(await Bun.file(join(import.meta.dir, "index.html")).text());
-    await (await Client.join(url)).say("hi");
-  });
+test("One executable is built, which serves the chat from an empty folder.", async () => {
+  const file = join(FOLDER, "executable", "chat");
+  const build = ["build", "--compile", SERVER, "--outfile", file];
+  expect(Bun.spawnSync([process.execPath, ...build]).exitCode).toBe(0);
+  const server = Bun.spawn([file], { cwd: join(FOLDER, "executable"), env: { PORT: "0" }, stdout: "pipe" });
+  started.push(() => server.kill("SIGKILL"));
+  const { value } = await within(server.stdout.getReader().read(), "its address");
+  const url = /http\S+/.exec(new TextDecoder().decode(value))![0];
+  expect(await (await fetch(url)).text()).toBe(await Bun.file(join(import.meta.dir, "index.html")).text());
+  await (await Client.join(url)).say("hi");
 });
 
 // ─── The page in Chromium ────────────────────────────────────────────────────────────────────────────────────────────
