@@ -14,7 +14,6 @@ import { connect as connectTls } from "node:tls";
 
 import { Browser, type BrowserWindow, type Element, type HTMLAnchorElement } from "happy-dom";
 import type { HTMLElement, HTMLTextAreaElement } from "happy-dom";
-
 import {
   type Chat,
   type Config,
