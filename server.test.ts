@@ -14,7 +14,6 @@ import { connect as connectTls } from "node:tls";
 
 import { Browser, type BrowserWindow, type Element, type HTMLAnchorElement } from "happy-dom";
 import type { HTMLElement, HTMLTextAreaElement } from "happy-dom";
-
 import {
   type Chat,
   type Config,
@@ -87,11 +86,7 @@ async function spawnServer(env: Record<string, string> = {}) {
 }
 
 /** Ends a server and starts it again on the same port, with the same settings. */
-async function restart(
-  server: ServerProcess,
-  signal: "SIGKILL" | "SIGTERM",
-  meanwhile: () => unknown = () => {},
-): Promise<ServerProcess> {
+async function restart(server: ServerProcess, signal: "SIGKILL" | "SIGTERM", meanwhile = (): unknown => undefined) {
   server.kill(signal);
   const code = await within(server.exited, "the server's end");
   if (signal === "SIGTERM") expect(code).toBe(0);
@@ -177,11 +172,7 @@ class Redis {
 
   async command(command: string, ...args: string[]): Promise<unknown> {
     const client = new Bun.RedisClient(this.url, { autoReconnect: false });
-    try {
-      return await client.send(command, args);
-    } finally {
-      client.close();
-    }
+    return client.send(command, args).finally(() => client.close());
   }
 
   async keys(pattern = "*"): Promise<string[]> {
@@ -959,7 +950,7 @@ describe("over HTTP", () => {
     }
   });
 
-  test("HEAD answers with the headers of GET alone, and a page that the browser has is not sent again", async () => {
+  test("HEAD answers with the headers of GET alone; the page is not sent twice, and compressed for those who accept it", async () => {
     const { url } = await start();
     const [head, get] = [await fetch(url, { method: "HEAD" }), await fetch(url)];
     expect([head.status, await head.text()]).toEqual([200, ""]);
@@ -971,10 +962,6 @@ describe("over HTTP", () => {
     for (const tag of [etag, etag.slice(2), `"other", ${etag}`])
       expect([tag, (await again(tag)).status]).toEqual([tag, 304]);
     expect((await again('"other"')).status).toBe(200);
-  });
-
-  test("the page is compressed for those who accept it, and only for them", async () => {
-    const { url } = await start();
     for (const [accept, encoding] of Object.entries({ identity: null, "gzip;q=0": null, "br, gzip": "gzip" })) {
       const response = await fetch(url, { headers: { "Accept-Encoding": accept }, decompress: false });
       const isSmall = (await response.bytes()).length < 30_000;
@@ -1025,8 +1012,7 @@ describeStore("a plain socket", (make) => {
 
   test("receives nothing else, whatever the others do", async () => {
     const { url } = await start((await make()).config);
-    const plain = await Client.join(url, { plain: true });
-    const ann = await Client.join(url, { name: "Ann" });
+    const [plain, ann] = await joinAll(url, { plain: true }, "Ann");
     for (const type of ["typing", "ping", "page", "nonsense"]) ann.send({ type });
     ann.send({ type: "name", name: "Anna" });
     await ann.first("presence");
@@ -1042,8 +1028,7 @@ describeStore("a plain socket", (make) => {
 
   test("meets chat.v1 in the same room, under the name that it gave", async () => {
     const { url } = await start((await make()).config);
-    const [ann, bot] = await joinAll(url, "Ann", { plain: true, name: "bot" });
-    const plain = await Client.join(url, { plain: true });
+    const [ann, bot, plain] = await joinAll(url, "Ann", { plain: true, name: "bot" }, { plain: true });
     bot.send("built");
     plain.send("hello");
     ann.post("thanks", "k");
@@ -1548,17 +1533,12 @@ describeStore("once", (make) => {
 });
 
 describeStore("resume", (make) => {
-  /** Fills the lobby with m1, m2 … and returns its epoch. */
-  async function filled(url: string, count: number): Promise<string> {
-    const ann = await Client.join(url);
-    ann.postAll(count);
-    await ann.until("all posts", () => ann.messages.length + ann.all("ack").length >= count);
-    return (await ann.first("hello")).epoch;
-  }
-
   test("gives each of five hundred exactly what they missed", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0 });
-    const epoch = await filled(url, 500);
+    const ann = await Client.join(url);
+    ann.postAll(500);
+    await ann.untilMessages(500);
+    const { epoch } = await ann.first("hello");
     const places = Array.from({ length: 501 }, (_, after) => Client.join(url, { epoch, after })); // all at once
     for (const [after, client] of (await Promise.all(places)).entries()) {
       const { resumed, messages, last } = await client.first("hello");
@@ -1568,7 +1548,10 @@ describeStore("resume", (make) => {
 
   test("starts afresh when the epoch is another, the place is out of the log, or too much was missed", async () => {
     const { url } = await start({ ...(await make()).config, rate: 0, history: 1500 });
-    const epoch = await filled(url, 2000);
+    const ann = await Client.join(url);
+    ann.postAll(2000);
+    await ann.untilMessages(2000);
+    const { epoch } = await ann.first("hello");
     const places = [2001, 999, 499, 0].map((after) => ({ epoch, after }));
     for (const place of [{ epoch: "0".repeat(16), after: 2000 }, ...places]) {
       const { resumed, first, messages } = await (await Client.join(url, place)).first("hello");
@@ -2138,7 +2121,6 @@ test("Whatever a generator makes up is answered or refused, and the others see o
   };
   const server = await spawnServer({ CHAT_RATE: "0" });
   const ann = await Client.join(server.url, { name: "Ann" });
-  const memory = memoryOf(server);
   const attack = async () => {
     const plain = odds(0.2);
     const client = await Client.join(server.url, { plain });
@@ -2166,9 +2148,7 @@ test("Whatever a generator makes up is answered or refused, and the others see o
     expect([Buffer.byteLength(text) <= 16 * 1024, key]).toEqual([true, expect.stringMatching(/^[\w-]{1,64}$/)]);
   }
   expect(ann.messages.length).toBeGreaterThan(100);
-  expect(memoryOf(server) - memory).toBeLessThan(64);
   expect([server.exitCode, server.errors]).toEqual([null, ""]);
-  console.log(`The generator (seed ${SEED}) tried ${tried} frames; ${ann.messages.length} were posts.`);
 });
 
 // ─── Several servers, one chat ───────────────────────────────────────────────────────────────────────────────────────
@@ -2350,8 +2330,8 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
   });
 });
 
-describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
-  test("adds up counts and names, passes typing on, and shows who leaves, is renamed, or was on a server that died", async () => {
+describe.skipIf(!REDIS_SERVER)("with Redis", () => {
+  test("presence adds up counts and names, passes typing on, and shows who leaves, is renamed, or was on a server that died", async () => {
     const { servers } = await stage(0);
     const [ann, bo, cy, second] = await joinAll(servers, "Ann", "Bo", "Cy", "Ann");
     const plain = await Client.join(servers[1].url, { plain: true });
@@ -2371,7 +2351,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
     await ann.sees(1, "Ann");
   });
 
-  test("is right again after people were sent away and came back", async () => {
+  test("presence is right again after people were sent away and came back", async () => {
     const { redis, wire, servers } = await stage(0);
     const [ann] = await joinAll(servers, "Ann");
     for (let time = 0; time < 3; time++) {
@@ -2386,9 +2366,7 @@ describe.skipIf(!REDIS_SERVER)("presence over several servers", () => {
     const di = await joinWhenOpen(servers[2].url, { name: "Di" });
     for (const client of [bea, di]) await client.sees(2, "Bea", "Di");
   });
-});
 
-describe.skipIf(!REDIS_SERVER)("with Redis", () => {
   test("a room leaves after CHAT_IDLE_DAYS, never with 0, and stays while somebody is in it", async () => {
     const redis = await ownRedis();
     for (const idleDays of [7, 0]) {
@@ -2454,6 +2432,7 @@ describe("an operator", () => {
       expect(() => readConfig({ REDIS_URL: "redis://localhost", [name]: value })).toThrow(`${setting}: must be `);
     }
     expect(() => readConfig({ REUSE_PORT: "1" })).toThrow("REUSE_PORT=1: needs REDIS_URL, ");
+    expect(() => readConfig({ CHAT_PASSWROD: "x" })).toThrow("CHAT_PASSWROD: no such setting");
     expect(() => readConfig({ TLS_CERT: "cert.pem" })).toThrow("TLS_CERT and TLS_KEY: ");
     expect(() => readConfig({ CHAT_PASSWORD: "a", CHAT_OPERATOR: "a" })).toThrow("CHAT_OPERATOR: must differ");
     expect(() => readConfig({ REDIS_URL: "http://us:pa@ss@localhost" })).toThrow("REDIS_URL=http://…@localhost: must");
@@ -2466,7 +2445,7 @@ describe("an operator", () => {
 
   test("who embeds the chat is told by an error why it does not start", async () => {
     const port = Number(new URL((await start()).url).port);
-    await expect(start({ port })).rejects.toThrow(`PORT=${port}: another program listens there`);
+    await expect(start({ port })).rejects.toThrow(`PORT=${port}: already in use`);
     await expect(start({ host: "203.0.113.1" })).rejects.toThrow("HOST=203.0.113.1 PORT=0: cannot listen: ");
     await expect(exported({ db: join(FOLDER, "nothing.sqlite") })).rejects.toThrow(": there is no such database");
   });
@@ -2474,7 +2453,7 @@ describe("an operator", () => {
   test("sees at each LOG_LEVEL what it is for, and no sign that a terminal obeys", async () => {
     const printed = spyOn(console, "log").mockImplementation(() => {});
     started.push(() => printed.mockRestore());
-    const joined = " joined the lobby (Ann)";
+    const joined = " joined the lobby (Ann, no id)";
     const said = 'the lobby #1 Ann: "a\\nb\\u{9b}c\\u{202e}d\\u{2028}e"';
     const left = " left the lobby (1005)";
     const lines = { silent: [], error: [], info: [joined, left], debug: [joined, said, left] };
@@ -2512,12 +2491,8 @@ describe("an operator", () => {
     const lines = ["used", "old", "young"].map((room) => ({ room, seq: 1, at, name: "Ann", text: "hi" }));
     lines[2]!.at = Date.now();
     await importMessages({ ...readConfig({}), db }, lines.map((line) => JSON.stringify(line)).join("\n"));
-    for (const [idleDays, expireMs] of [
-      [0, 1],
-      [9, 1],
-      [7, 86_400_000],
-      [7, 1000],
-    ] as const) {
+    for (const row of ["0 1", "9 1", "7 86400000", "7 1000"]) {
+      const [idleDays, expireMs] = row.split(" ").map(Number) as [number, number];
       const { url, stop } = await start({ db, idleDays, expireMs, logLevel: "info" });
       await Client.join(url, { room: "used" });
       const told = () => printed.mock.calls.some(([line]) => `${line}`.startsWith('Room "old" was forgotten: '));
@@ -2602,35 +2577,30 @@ describe("export and import", () => {
   });
 });
 
-describe("the command line", () => {
-  test("tells its commands, its settings and its version, and refuses others", async () => {
-    const { version } = await Bun.file(join(import.meta.dir, "package.json")).json();
-    expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
-    const printed = spyOn(console, "log").mockImplementation(() => {});
-    started.push(() => printed.mockRestore());
-    await main(["--help"]);
-    const help = `${printed.mock.calls[0]?.[0]}`;
-    expect(help).toMatch(/export > chat/);
-    const variables = `PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_OPERATOR CHAT_ORIGINS CHAT_PROXIES
-      CHAT_HISTORY CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
-    for (const variable of variables.split(/\s+/)) expect(help).toMatch(new RegExp(`^  ${variable} +[^ ]`, "m"));
-    for (const words of ["expotr", "export x", "import x y"]) {
-      await expect(main(words.split(" "))).rejects.toThrow(`${words}: no such command; --help lists them.`);
-    }
-    await expect(main(["import", join(FOLDER, "no such file")])).rejects.toThrow(/no such file/);
-  });
+test("The command line tells its commands, its settings and its version, and refuses others.", async () => {
+  const { version } = await Bun.file(join(import.meta.dir, "package.json")).json();
+  expect(await run({}, ["--version"])).toEqual({ code: 0, out: `${version}\n`, said: "" });
+  const { out: help } = await run({}, ["--help"]);
+  expect(help).toMatch(/export > chat/);
+  const variables = `PORT HOST CHAT_DB CHAT_SYNC REDIS_URL CHAT_PREFIX CHAT_PASSWORD CHAT_OPERATOR CHAT_ORIGINS CHAT_PROXIES
+    CHAT_HISTORY CHAT_IDLE_DAYS CHAT_RATE TLS_CERT TLS_KEY REUSE_PORT LOG_LEVEL`;
+  for (const variable of variables.split(/\s+/)) expect(help).toMatch(new RegExp(`^  ${variable} +[^ ]`, "m"));
+  for (const words of ["expotr", "export x", "import x y"]) {
+    await expect(main(words.split(" "))).rejects.toThrow(`${words}: no such command; --help lists them.`);
+  }
+  await expect(main(["import", join(FOLDER, "no such file")])).rejects.toThrow(/no such file/);
+});
 
-  test("builds one executable that serves the chat from an empty folder", async () => {
-    const file = join(FOLDER, "executable", "chat");
-    const build = ["build", "--compile", SERVER, "--outfile", file];
-    expect(Bun.spawnSync([process.execPath, ...build]).exitCode).toBe(0);
-    const server = Bun.spawn([file], { cwd: join(FOLDER, "executable"), env: { PORT: "0" }, stdout: "pipe" });
-    started.push(() => server.kill("SIGKILL"));
-    const { value } = await within(server.stdout.getReader().read(), "its address");
-    const url = /http\S+/.exec(new TextDecoder().decode(value))![0];
-    expect(await (await fetch(url)).text()).toBe(await Bun.file(join(import.meta.dir, "index.html")).text());
-    await (await Client.join(url)).say("hi");
-  });
+test("One executable is built, which serves the chat from an empty folder.", async () => {
+  const file = join(FOLDER, "executable", "chat");
+  const build = ["build", "--compile", SERVER, "--outfile", file];
+  expect(Bun.spawnSync([process.execPath, ...build]).exitCode).toBe(0);
+  const server = Bun.spawn([file], { cwd: join(FOLDER, "executable"), env: { PORT: "0" }, stdout: "pipe" });
+  started.push(() => server.kill("SIGKILL"));
+  const { value } = await within(server.stdout.getReader().read(), "its address");
+  const url = /http\S+/.exec(new TextDecoder().decode(value))![0];
+  expect(await (await fetch(url)).text()).toBe(await Bun.file(join(import.meta.dir, "index.html")).text());
+  await (await Client.join(url)).say("hi");
 });
 
 // ─── The page in Chromium ────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,11 +16,11 @@
  * Three rules hold it together, and a comment marks each place where one applies:
  *   RULE 1  Never await between the commit (Redis: the notification) and publish: the order stored is the order seen.
  *   RULE 2  Never await between the last replayed message and `ws.subscribe`: nobody joins into a gap.
- *   RULE 3  In doubt, lose the room: close its sockets with 1013 and forget it. Clients resume exactly, so this is the
- *           only recovery.
+ *   RULE 3  In doubt, lose the room: close its sockets with 1013 and forget it. Clients resume exactly: this is
+ *           the only recovery.
  *
  * Two dialects meet in every room. "Plain" sockets exchange bare texts; those with the subprotocol `chat.v1` the JSON
- * objects typed below: names, history, presence, and every message with its seq.
+ * objects typed below.
  */
 import { Database, type Statement } from "bun:sqlite";
 import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
@@ -135,7 +135,7 @@ const ERRORS = {
   empty: "The text is empty.",
   "too-long": `A text has at most ${MAX_TEXT} bytes.`,
   "not-yours": "Only its author or the operator can take a message back.",
-  gone: "This message is not kept any more.",
+  gone: "This message is no longer kept.",
 };
 export type ErrorCode = keyof typeof ERRORS;
 
@@ -182,8 +182,8 @@ const cleanName = (name: string) => cleanLine(name.toWellFormed().trim(), MAX_NA
 /** A text, NFC-normalised; undefined when it is too long, or has control characters. */
 function cleanLine(text: string, max: number): string | undefined {
   const clean = text.normalize("NFC");
-  const isTooLong = clean.length > max && [...clean].length > max;
-  return isTooLong || CONTROL.test(clean) ? undefined : clean;
+  const isOver = clean.length > max && [...clean].length > max;
+  return isOver || CONTROL.test(clean) ? undefined : clean;
 }
 
 /** The room that a path names after `/ws/`; `""` is the lobby. Undefined when it names none. */
@@ -232,19 +232,19 @@ const listOf = (form: RegExp, what: string) =>
 
 /** The variable of each setting, its default, its check, and its line of `--help`. */
 const SETTINGS = {
-  port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: a free one"],
+  port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: any free one"],
   host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
   db: ["CHAT_DB", "chat.sqlite", (path: string) => path.trim() || "chat.sqlite", "the database: a file, or :memory:"],
   sync: ["CHAT_SYNC", "full", word("full", "normal"), "full survives a power cut, normal a crash of the server"],
   redisUrls: ["REDIS_URL", "", listOf(REDIS, "redis:// addresses"), "a Redis to use instead, or several, by commas"],
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
-  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, anyone is in"],
-  operator: ["CHAT_OPERATOR", "", String, "the password of who may remove any message"],
-  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "whose pages may connect too"],
+  password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, anyone can join"],
+  operator: ["CHAT_OPERATOR", "", String, "a second password, for whoever may remove any message"],
+  origins: ["CHAT_ORIGINS", "", listOf(ORIGIN, "origins, hosts, or *"), "other origins whose pages may connect"],
   proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "proxies in front, trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
   idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "days until an unused room is forgotten; 0: never"],
-  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of a connection; 0: any"],
+  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of a connection; 0: no limit"],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
   reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
@@ -270,6 +270,9 @@ export function readConfig(env: Record<string, string | undefined>): Config {
       throw new StartError(`${variable}=${withoutPassword(value)}: ${(error as Error).message}.`);
     }
   });
+  const known = Object.values(SETTINGS).map(([variable]) => variable as string);
+  const unknown = Object.keys(env).find((name) => name.startsWith("CHAT_") && !known.includes(name));
+  if (unknown) throw new StartError(`${unknown}: no such setting; --help lists them.`);
   const config: Config = { ...Object.fromEntries(entries), silenceSeconds: 50, expireMs: DAY_SECONDS * 1000 };
   if (config.reusePort === "1" && config.redisUrls.length === 0) {
     throw new StartError("REUSE_PORT=1: needs REDIS_URL, so that all servers on the port are one chat.");
@@ -281,7 +284,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   return Object.freeze(config);
 }
 
-/** Hides what stands before the last @ of each URL: a password may have an @. */
+/** Hides passwords in URLs: they may have an @. */
 const withoutPassword = (urls: string) => urls.replace(/\/\/[^,]*@/g, "//…@");
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
@@ -289,7 +292,7 @@ type Logger = (level: "error" | "info" | "debug", line: string) => void;
 function makeLogger(upTo: Config["logLevel"]): Logger {
   return (level, line) => {
     if (LOG_LEVELS.indexOf(level) > LOG_LEVELS.indexOf(upTo)) return;
-    // Names and texts may hold characters that a terminal obeys.
+    // A terminal obeys some characters.
     const escape = (character: string) => `\\u{${character.codePointAt(0)?.toString(16)}}`;
     const seen = line.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escape);
     if (level === "error") console.error(seen);
@@ -304,7 +307,7 @@ function dropOldest<Key>(entries: Map<Key, unknown> | Set<Key>, max: number): vo
 
 // ─── Token buckets: one kind for every rate ──────────────────────────────────────────────────────────────────────────
 
-/** A bucket for each owner: `burst` tokens after a silence, `perSecond` on average. */
+/** For each owner `burst` tokens after a silence, `perSecond` on average. */
 class TokenBuckets<Owner> {
   readonly #buckets = new Map<Owner, { tokens: number; at: number }>();
 
@@ -383,7 +386,7 @@ class Room {
   // What the brokers set:
   epoch = ""; // names its log
   first = 1; // the oldest seq in the store
-  last = 0; // the newest, which was delivered
+  last = 0; // the newest; SQLite raises it before the commit
   row = 0; // SQLite: its id; 0 until its first message is stored
   keys: Map<string, number> | undefined; // SQLite: seqs by key, once they are needed
   waiting: Post[] = []; // posts to be stored next; SQLite: once the keys are read
@@ -429,7 +432,7 @@ class Inbox {
     const member = ws.data;
     member.heardAt = performance.now();
     if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
-    if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are understood here.");
+    if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are accepted.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
     // A ping passes the queue, or a slowed client would take its connection for dead.
     if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
@@ -480,15 +483,15 @@ class Inbox {
   #act(member: Member, frame: ClientFrame | ErrorFrame): void {
     // In a lost room, a frame would overtake those that the client must send again.
     if (this.isStopping || member.room.state === "closed") return;
-    const error = frame.type === "error" ? frame : this.#refusal(member, frame);
+    const error = frame.type === "error" ? frame : this.#perform(member, frame);
     if (!error) return;
     member.ws.send(encode(error));
     if (error.code !== "bad-frame" || ++member.strikes < MAX_STRIKES) return;
-    member.ws.close(CLOSE.protocol, `${MAX_STRIKES} frames were not of the protocol chat.v1.`);
+    member.ws.close(CLOSE.protocol, "Too many invalid frames.");
   }
 
   /** Does what a frame asks, unless it returns what is wrong with it. */
-  #refusal(member: Member, frame: ClientFrame): ErrorFrame | undefined {
+  #perform(member: Member, frame: ClientFrame): ErrorFrame | undefined {
     const { type } = frame;
     if (type === "post") return this.#post(member, frame.key, frame.text);
     if (type === "remove") return this.#post(member, frame.key, "", frame.seq);
@@ -524,6 +527,7 @@ class Inbox {
   #rename(member: Member, name: string): ErrorFrame | undefined {
     const clean = cleanName(name);
     if (clean === undefined) return errorFrame("bad-name");
+    this.rooms.log("info", `${member.visitor.address} is now ${clean} in ${member.room}`);
     member.name = clean;
     this.rooms.presenceChanged(member.room);
   }
@@ -1007,8 +1011,7 @@ class RedisBroker implements Broker {
         await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : end));
         this.rooms.outage(this, true, "Redis can be used again.");
       } catch (error) {
-        this.rooms.outage(this, false, `Redis does not take posts: ${(error as Error).message}`);
-        room.waiting = []; // their senders send them again
+        this.rooms.outage(this, false, `Redis refuses posts: ${(error as Error).message}`);
         this.rooms.lose(room, "The message could not be stored"); // RULE 3
       }
     }
@@ -1111,7 +1114,7 @@ class RedisBroker implements Broker {
         }
       } catch (error) {
         const { message } = fault.signal.aborted ? fault.signal.reason : error;
-        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be used: ${message}. Trying again until it can.`;
+        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be reached (${message}); retrying.`;
         if (!this.#isStopped) this.rooms.outage(this, false, why);
       }
       this.#link = undefined;
@@ -1221,9 +1224,10 @@ class Rooms {
   lose(room: Room, why: string): void {
     if (room.state === "closed") return;
     this.#close(room);
+    room.waiting = []; // their senders send them again
     for (const member of room.members) {
       if (member.state !== "gone") member.state = "refused";
-      member.ws.close(CLOSE.tryAgain, `${why}: come back.`);
+      member.ws.close(CLOSE.tryAgain, `${why}: reconnect.`);
     }
   }
 
@@ -1292,7 +1296,7 @@ class Rooms {
       // The new member has not seen it.
       room.presence = "";
       this.presenceChanged(room);
-      this.log("info", `${visitor.address} joined ${room} (${visitor.isChat ? member.name : "plain"})`);
+      this.log("info", `${visitor.address} joined ${room} (${member.name}, ${visitor.from ?? "no id"})`);
     }
     this.inbox.drain(member);
     if (member.state === "gone") this.#release(member);
@@ -1385,7 +1389,7 @@ class Rooms {
   }
 
   closeAll(): void {
-    for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server goes down: come back soon.");
+    for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server is shutting down: reconnect soon.");
   }
 }
 
@@ -1509,7 +1513,7 @@ class Access {
   #try(given: string, request: Request, server: Server): Password | Response {
     const network = networkOf(addressOf(request, server, this.config.proxies));
     const wait = Math.ceil(this.wrong.wait(network) / 1000);
-    if (wait > 0) return refuse(429, "Too many wrong passwords: wait.", { "Retry-After": `${wait}` });
+    if (wait > 0) return refuse(429, "Too many wrong passwords: try later.", { "Retry-After": `${wait}` });
     // All are compared, so that the time tells nothing.
     const [found] = this.#passwords.filter(({ key, password }) => isEqual(key, given, password));
     if (!found) this.wrong.take(network);
@@ -1581,7 +1585,7 @@ function makeHandlers(rooms: Rooms, access: Access) {
   return {
     fetch: (request: Request, server: Server) => {
       const url = URL.parse(request.url);
-      if (!url) return refuse(400, "The Host header names no host.");
+      if (!url) return refuse(400, "Invalid Host header.");
       if (url.pathname.startsWith("/ws/")) return handshake(request, url, server, access);
       if (request.method === "POST" && !access.isOpen) return access.login(request, server);
       return page(request);
@@ -1617,7 +1621,7 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
-    if (code === "EADDRINUSE") throw new StartError(`PORT=${port}: another program listens there; set another.`);
+    if (code === "EADDRINUSE") throw new StartError(`PORT=${port}: already in use; choose another port.`);
     const files = tls && /ENOENT|EACCES|EISDIR|OSSL/.test(code ?? "") && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}`;
     if (files) throw new StartError(`${files}: cannot be used: ${message}`);
     if (host === "") return Bun.serve({ ...options, hostname: "0.0.0.0" }); // a machine without IPv6
@@ -1631,7 +1635,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   const isWebSocket = headers.get("upgrade")?.toLowerCase() === "websocket";
   if (!isWebSocket || headers.get("sec-websocket-version") !== "13") {
     const wanted = { Upgrade: "websocket", Connection: "Upgrade", "Sec-WebSocket-Version": "13" };
-    return refuse(426, "Here a WebSocket of version 13 is expected.", wanted); // RFC 6455 section 4.2.2
+    return refuse(426, "Only WebSocket connections (version 13) are accepted.", wanted); // RFC 6455 section 4.2.2
   }
   if (!originAllowed(headers, access.config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
   const roomName = roomOf(url.pathname.slice("/ws/".length));
@@ -1860,7 +1864,7 @@ function help(): string {
 
   bun run server.ts                      serves the chat
   bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
-  bun run server.ts import [chat.jsonl]  takes them into a store without those rooms
+  bun run server.ts import [chat.jsonl]  imports them; rooms that exist are refused
 
 Settings are environment variables, or lines of a file .env:
 ${settings.join("\n")}`;
