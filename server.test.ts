@@ -2382,6 +2382,18 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
     }
   });
 
+  test("a thousand rooms lie evenly on three Redis, whatever the order of the list", async () => {
+    const redises = [await ownRedis(), await ownRedis(), await ownRedis()];
+    const urls = redises.map(({ url }) => url);
+    const line = (room: number) => JSON.stringify({ room: `room ${room}`, seq: 1, at: 1, name: "Ann", text: "hi" });
+    const lines = Array.from({ length: 1000 }, (_, room) => line(room)).join("\n");
+    expect(await importMessages(readConfig({ REDIS_URL: `${urls}` }), lines)).toEqual([]);
+    const counts = await Promise.all(redises.map(async (redis) => (await redis.keys("chat:messages:*")).length));
+    for (const count of counts) expect(Math.abs(count - 1000 / 3)).toBeLessThan(1000 / 3 / 5);
+    const again = await importMessages(readConfig({ REDIS_URL: `${urls.toReversed()}` }), lines);
+    expect(again).toHaveLength(1000); // all are found where they are
+  });
+
   test("several Redis share the rooms, which move when there is one more; while one is away, only its rooms are", async () => {
     const redises = [await ownRedis(), await ownRedis()] as const;
     const redisUrls = redises.map(({ url }) => url);
