@@ -1322,7 +1322,7 @@ class Rooms {
     const { epoch, last } = room;
     const first = firstKept(room, this.config);
     const messages = await room.broker.read(room, from, last);
-    // Else it missed more than a frame holds.
+    // Else they are more than fit.
     const resumed = isResume && messages.length === last - from + 1;
     if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
     const limits = { text: MAX_TEXT, name: MAX_NAME };
@@ -1370,8 +1370,9 @@ class Rooms {
     const count = new Set(all.flatMap(({ ids }) => ids)).size + all.reduce((sum, { nameless }) => sum + nameless, 0);
     const people = new Map(all.flatMap((each) => each.people).map((person) => [person.from ?? person, person]));
     const presence = { count, people: [...people.values()].slice(0, PRESENCE_PEOPLE) };
-    if (JSON.stringify(presence) === room.presence) return;
-    room.presence = JSON.stringify(presence);
+    const json = JSON.stringify(presence);
+    if (json === room.presence) return;
+    room.presence = json;
     this.publish(room, { type: "presence", ...presence });
   }
 
