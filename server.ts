@@ -23,12 +23,11 @@
  * objects typed below.
  */
 import { Database, type Statement } from "bun:sqlite";
-import { createHmac, scryptSync, timingSafeEqual } from "node:crypto";
+import { createHmac, randomBytes, scryptSync, timingSafeEqual } from "node:crypto";
 import { closeSync, existsSync, openSync, realpathSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 // As text, so that `bun build --compile` takes it into the executable.
 import pageSource from "./index.html" with { type: "text" };
-import { version } from "./package.json";
 
 // ─── Limits ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -43,7 +42,6 @@ const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a fresh 
 const PAGE_BYTES = 256 * 1024; // of text in both, as JSON: half of BACKPRESSURE_BYTES
 const RESUME_MESSAGES = 1000; // that a client may miss and still resume
 const CACHED_HELLOS = 64; // in the whole server: some 20 MB
-const BEHIND_MS = 100; // for this server to hear what a client has seen on another
 const PRESENCE_PEOPLE = 100; // listed in a presence frame; the count is exact
 const PRESENCE_MS = 1000; // between two presence frames of a room
 const TYPING_MS = 2000; // between two typing frames of a sender that are passed on
@@ -62,8 +60,8 @@ const GATHER_MS = 6;
 const MAX_GATHER_MS = 20; // for 1,000 people
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
-const STEP_MESSAGES = 1000; // trimmed or sent to Redis at once: few, so that others get in between
-const STEP_KEYS = 10_000; // read at once: 5 ms
+const STEP_MESSAGES = 1000; // read for their keys, trimmed, or sent to Redis at once: others get in between
+const MAX_KEYS = 50_000; // in one Map: it grows in 4 ms
 const VACUUM_BYTES = 32 * 1024 * 1024; // of a database that is rewritten at the end: 1 s
 // Requests and cookies.
 const MAX_BODY = 4096; // bytes: a password
@@ -145,7 +143,7 @@ const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
 const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
 
-/** Checks the fields of a `chat.v1` frame and their types; the values are checked where they are used. */
+/** Checks the fields of a `chat.v1` frame and their types: a number is a seq. Texts are checked where they are used. */
 function parseFrame(data: string): ClientFrame | ErrorFrame {
   let frame: Record<string, unknown>;
   try {
@@ -159,9 +157,10 @@ function parseFrame(data: string): ClientFrame | ErrorFrame {
   }
   const sample: Record<string, unknown> = CLIENT_FRAMES[type as ClientFrame["type"]];
   const names = Object.keys(sample);
-  const fits = names.every((name) => typeof frame[name] === typeof sample[name]);
+  const isNumber = (name: string) => typeof sample[name] === "number";
+  const fits = names.every((name) => (isNumber(name) ? isSeq(frame[name]) : typeof frame[name] === "string"));
   if (fits && Object.keys(frame).length === names.length + 1) return frame as ClientFrame;
-  const list = names.map((name) => `, ${name} (a ${typeof sample[name]})`);
+  const list = names.map((name) => `, ${name} (${isNumber(name) ? "a whole number from 1" : "a string"})`);
   return badFrame(`"${type}" has the fields type${list.join("")}, and no others.`);
 }
 
@@ -195,7 +194,7 @@ function roomOf(path: string): string | undefined {
   }
 }
 
-const randomHex = (bits: number) => Buffer.from(crypto.getRandomValues(new Uint8Array(bits / 8))).toString("hex");
+const randomHex = (bits: number) => randomBytes(bits / 8).toString("hex");
 const sha256 = (text: string, encoding: "hex" | "base64" | "base64url") =>
   new Bun.CryptoHasher("sha256").update(text).digest(encoding);
 const splitList = (list: string) => list.split(",").flatMap((entry) => entry.trim() || []);
@@ -222,7 +221,7 @@ const wholeNumber = (min: number, max: number) =>
     const number = Number(value);
     return String(number) === value && Number.isInteger(number) && number >= min && number <= max ? number : undefined;
   });
-const word = <T extends string>(...words: T[]) =>
+const oneOf = <T extends string>(...words: T[]) =>
   check(`one of ${words.join(", ")}`, (value) => words.find((each) => each === value));
 const listOf = (form: RegExp, what: string) =>
   check(`${what}, separated by commas`, (list) => {
@@ -235,7 +234,7 @@ const SETTINGS = {
   port: ["PORT", "8080", wholeNumber(0, 65_535), "TCP port; 0: any free one"],
   host: ["HOST", "", (host: string) => host.replace(/^\[(.*)\]$/, "$1"), "address to listen on; empty: all"],
   db: ["CHAT_DB", "chat.sqlite", (path: string) => path.trim() || "chat.sqlite", "the database: a file, or :memory:"],
-  sync: ["CHAT_SYNC", "full", word("full", "normal"), "full survives a power cut, normal a crash of the server"],
+  sync: ["CHAT_SYNC", "full", oneOf("full", "normal"), "full survives a power cut, normal a crash of the server"],
   redisUrls: ["REDIS_URL", "", listOf(REDIS, "redis:// addresses"), "a Redis to use instead, or several, by commas"],
   prefix: ["CHAT_PREFIX", "chat:", String, "what this chat's keys in Redis begin with"],
   password: ["CHAT_PASSWORD", "", String, "asked of everyone; without it, anyone can join"],
@@ -247,8 +246,8 @@ const SETTINGS = {
   rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of a connection; 0: no limit"],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
-  reusePort: ["REUSE_PORT", "0", word("0", "1"), "1: several servers on one port (Linux, with Redis)"],
-  logLevel: ["LOG_LEVEL", "info", word(...LOG_LEVELS), `${LOG_LEVELS.join(", ")} (each message too)`],
+  reusePort: ["REUSE_PORT", "0", oneOf("0", "1"), "1: several servers on one port (Linux, with Redis)"],
+  logLevel: ["LOG_LEVEL", "info", oneOf(...LOG_LEVELS), `${LOG_LEVELS.join(", ")} (each message too)`],
 } as const;
 
 /** What a chat is started with: the settings, and two times that only tests shorten. */
@@ -274,9 +273,6 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   const unknown = Object.keys(env).find((name) => name.startsWith("CHAT_") && !known.includes(name));
   if (unknown) throw new StartError(`${unknown}: no such setting; --help lists them.`);
   const config: Config = { ...Object.fromEntries(entries), silenceSeconds: 50, expireMs: DAY_SECONDS * 1000 };
-  if (config.reusePort === "1" && config.redisUrls.length === 0) {
-    throw new StartError("REUSE_PORT=1: needs REDIS_URL, so that all servers on the port are one chat.");
-  }
   if (!config.tlsCert !== !config.tlsKey) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
   if (config.operator !== "" && config.operator === config.password) {
     throw new StartError("CHAT_OPERATOR: must differ from CHAT_PASSWORD, or everyone is the operator.");
@@ -388,7 +384,7 @@ class Room {
   first = 1; // the oldest seq in the store
   last = 0; // the newest; SQLite raises it before the commit
   row = 0; // SQLite: its id; 0 until its first message is stored
-  keys: Map<string, number> | undefined; // SQLite: seqs by key, once they are needed
+  keys: Map<string, number>[] | undefined; // SQLite: seqs by key, once they are needed; the newest last
   waiting: Post[] = []; // posts to be stored next; SQLite: once the keys are read
   isStoring = false; // Redis: whether others are being stored
   early: Heard[] = []; // Redis: what was heard while the room was opening
@@ -483,21 +479,22 @@ class Inbox {
   #act(member: Member, frame: ClientFrame | ErrorFrame): void {
     // In a lost room, a frame would overtake those that the client must send again.
     if (this.isStopping || member.room.state === "closed") return;
-    const error = frame.type === "error" ? frame : this.#perform(member, frame);
+    const error = this.#perform(member, frame);
     if (!error) return;
     member.ws.send(encode(error));
     if (error.code !== "bad-frame" || ++member.strikes < MAX_STRIKES) return;
     member.ws.close(CLOSE.protocol, "Too many invalid frames.");
   }
 
-  /** Does what a frame asks, unless it returns what is wrong with it. */
-  #perform(member: Member, frame: ClientFrame): ErrorFrame | undefined {
+  /** Does what a frame asks, or returns what is wrong with it. */
+  #perform(member: Member, frame: ClientFrame | ErrorFrame): ErrorFrame | undefined {
     const { type } = frame;
+    if (type === "error") return frame;
     if (type === "post") return this.#post(member, frame.key, frame.text);
     if (type === "remove") return this.#post(member, frame.key, "", frame.seq);
-    if (type === "page") return this.#page(member, frame.before);
     if (type === "name") return this.#rename(member, frame.name);
-    if (type === "typing") this.#typing(member);
+    if (type === "page") this.#page(member, frame.before);
+    else if (type === "typing") this.#typing(member);
     else member.ws.send(PONG);
   }
 
@@ -508,14 +505,12 @@ class Inbox {
     if (isTooLong(text)) return errorFrame("too-long", key);
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
     if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
-    if (removes !== undefined && !isSeq(removes)) return badFrame('"seq" is a whole number from 1.');
     // A lone surrogate has no UTF-8: replaced now, it looks the same live and later.
-    const post = { at: Date.now(), name, from, text: text.toWellFormed(), removes, key: key || undefined };
-    room.broker.append({ room, sender: ws.data, ...post });
+    text = text.toWellFormed();
+    room.broker.append({ room, sender: ws.data, at: Date.now(), name, from, text, removes, key: key || undefined });
   }
 
-  #page({ room, ws }: Member, before: number): ErrorFrame | undefined {
-    if (!isSeq(before)) return badFrame('"before" is a whole number from 1.');
+  #page({ room, ws }: Member, before: number): void {
     const to = Math.min(before - 1, room.last);
     const from = Math.max(firstKept(room, this.rooms.config), to - PAGE_MESSAGES + 1);
     room.broker.read(room, from, to).then(
@@ -557,6 +552,7 @@ type Notice = { here?: Here; typing?: string };
 
 /** Keeps the logs of rooms. In doubt, it loses a room. */
 interface Broker {
+  readonly name: string; // in the log
   /** Resolves when the store can be used, or when it is clear that it cannot for now. */
   start(): Promise<void>;
   /** Sets the epoch, first, last and state of a room. @throws when the store cannot be reached */
@@ -569,7 +565,7 @@ interface Broker {
   read(room: Room, from: number, to: number): Promise<Message[]>;
   tell?(room: Room, notice: Notice): void;
   /** Stores and delivers what still waits. */
-  drain(): Promise<void>;
+  finish(): Promise<void>;
   stop(): void;
 }
 
@@ -634,8 +630,15 @@ function messageOf(row: Row): Message {
   return { ...kept, removed: removed ? true : undefined, key: key ?? undefined };
 }
 
+/** Keeps a key in the newest of a room's Maps: a single one of a million stops the server for 0.3 s when it grows. */
+function addKey(keys: Map<string, number>[], key: string, seq: number): void {
+  if ((keys.at(-1)?.size ?? MAX_KEYS) >= MAX_KEYS) keys.push(new Map());
+  keys.at(-1)?.set(key, seq);
+}
+
 /** Keeps the logs in one SQLite file: commits a batch in one transaction, then delivers it. */
 class SqliteBroker implements Broker {
+  readonly name = "The database";
   readonly #db: Database;
   readonly #close: (hasRemoved: boolean) => void;
   #hasRemoved = false;
@@ -679,11 +682,11 @@ class SqliteBroker implements Broker {
   /** Keys are kept in memory, because an index on them costs ten times the insert. */
   async #loadKeys(room: Room): Promise<void> {
     const step = this.#db.query("SELECT key, seq FROM messages WHERE room = ? AND seq > ? ORDER BY seq LIMIT ?");
-    const keys = new Map<string, number>();
-    for (let rows, last = 0; (rows = step.values(room.row, last, STEP_KEYS) as [string | null, number][]).length > 0;) {
-      for (const [key, seq] of rows) if (key) keys.set(key, seq);
-      last = rows.at(-1)![1];
-      if (rows.length === STEP_KEYS) await Bun.sleep(0);
+    const keys: Map<string, number>[] = [];
+    for (let last = 0; last < room.last; await Bun.sleep(0)) {
+      const rows = step.values(room.row, last, STEP_MESSAGES) as [string | null, number][];
+      for (const [key, seq] of rows) if (key) addKey(keys, key, seq);
+      last = rows.at(-1)?.[1] ?? room.last;
     }
     room.keys = keys;
     const posts = room.waiting.splice(0);
@@ -703,11 +706,11 @@ class SqliteBroker implements Broker {
         else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
       }
     } catch (error) {
-      this.rooms.outage(this, false, `The database cannot be written, posts are refused: ${(error as Error).message}`);
+      this.rooms.failed(this.name, (error as Error).message);
       for (const { room } of posts) this.rooms.lose(room, "The message could not be stored"); // RULE 3
       return;
     }
-    this.rooms.outage(this, true, "The database can be written again.");
+    this.rooms.works(this.name);
     // RULE 1: no await from the commit to here, nor in `deliver`.
     for (const [room, messages] of stored) this.rooms.deliver(room, messages);
     for (const [post, answer] of answers) this.rooms.answer(post, answer);
@@ -715,23 +718,22 @@ class SqliteBroker implements Broker {
   }
 
   /** Inserts a post as the next message. If the commit fails, the room is lost, and with it what is changed here. */
-  #store({ room, sender, ...post }: Post): Message | Answer {
-    const { at, name, from, text, removes, key } = post;
-    const known = key && room.keys?.get(key);
-    if (known && known > room.last - this.rooms.config.history) return known;
+  #store({ room, sender, at, name, from, text, removes, key }: Post): Message | Answer {
+    const known = key && room.keys?.findLast((seqs) => seqs.has(key))?.get(key);
+    if (known && known >= firstKept(room, this.rooms.config)) return known;
     const refusal = removes && this.#erase(room, removes, sender);
     if (refusal) return refusal;
     if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
     const seq = ++room.last;
     this.#db.query<never, any[]>(INSERT_MESSAGE).run(room.row, seq, at, name, from, text, removes, null, key);
-    if (key) room.keys?.set(key, seq);
-    return { seq, ...post };
+    if (key && room.keys) addKey(room.keys, key, seq);
+    return { seq, at, name, from, text, removes, key };
   }
 
   /** Deletes the text of a message, or says why not. */
   #erase(room: Room, seq: number, { visitor: { from, role } }: Member): Answer | undefined {
     const target = this.#select.get(room.row, seq, seq);
-    if (!target || target.removes !== null || seq <= room.last - this.rooms.config.history) return "gone";
+    if (!target || target.removes !== null || seq < firstKept(room, this.rooms.config)) return "gone";
     if (role !== "operator" && !(from && target.from === from)) return "not-yours";
     if (target.removed) return seq;
     this.#hasRemoved = true;
@@ -742,7 +744,7 @@ class SqliteBroker implements Broker {
     return newestThatFit(Iterator.from(this.#select.iterate(room.row, from, to)).map(messageOf));
   }
 
-  async drain(): Promise<void> {
+  async finish(): Promise<void> {
     this.#gatherer.flush();
   }
 
@@ -762,8 +764,9 @@ class SqliteBroker implements Broker {
         const step = this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key, seq");
         for (const [key, seq] of step.values(room.row, room.first + STEP_MESSAGES) as [string, number][]) {
           // Unless the key was posted again, as a later message.
-          if (room.keys?.get(key) === seq) room.keys.delete(key);
+          for (const seqs of room.keys ?? []) if (seqs.get(key) === seq) seqs.delete(key);
         }
+        room.keys = room.keys?.filter(({ size }) => size > 0);
       } catch (error) {
         return this.rooms.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
       }
@@ -868,7 +871,6 @@ const SILENT_MS = 5000; // after which a connection is dead: each carries heartb
 const ALIVE_MS = 9000; // after a server's last sign of life, until its people are gone
 const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
 const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
-const LOG_DIGITS = 16; // of an epoch name the log, those after them the run of Redis
 
 /** What every script on a room begins with. KEYS: room, log, keys. */
 const SCRIPT_HEAD = `
@@ -959,7 +961,6 @@ class RedisBroker implements Broker {
   readonly #server = randomHex(64); // this server's name among those that share the Redis
   #link: Link | undefined; // undefined while Redis is away
   readonly #alive = new Map<string, number>(); // the last sign of life of each server
-  #storing = 0; // rooms whose posts are being stored
   readonly #gatherer = new Gatherer<Heard>((heard) => {
     for (const [room, some] of Map.groupBy(heard, (each) => each.room)) this.#deliver(room, some);
   });
@@ -970,6 +971,7 @@ class RedisBroker implements Broker {
   constructor(
     readonly url: string,
     readonly rooms: Rooms,
+    readonly name = `REDIS_URL=${withoutPassword(url)}`,
   ) {}
 
   start(): Promise<void> {
@@ -981,7 +983,7 @@ class RedisBroker implements Broker {
     await this.#link?.subscriber.subscribe(this.#keys(room)[0], hear);
     const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
     if (room.state === "closed" || !this.#link) return;
-    room.epoch = epoch + this.#link.run;
+    room.epoch = `${epoch}-${this.#link.run}`;
     room.first = last - length + 1;
     room.last = last;
     room.state = "open";
@@ -1002,21 +1004,19 @@ class RedisBroker implements Broker {
   /** One batch at a time, so that a later post cannot overtake one that may not have been stored. */
   async #storeWaiting(room: Room): Promise<void> {
     room.isStoring = true;
-    this.#storing++;
     while (room.waiting.length > 0) {
       let characters = 0;
       const isTooMuch = ({ text }: Post) => (characters += text.length) > GATHER_CHARACTERS;
       const end = room.waiting.findIndex((post, i) => i === STEP_MESSAGES || isTooMuch(post));
       try {
         await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : end));
-        this.rooms.outage(this, true, "Redis can be used again.");
+        this.rooms.works(this.name);
       } catch (error) {
-        this.rooms.outage(this, false, `Redis refuses posts: ${(error as Error).message}`);
+        this.rooms.failed(this.name, (error as Error).message);
         this.rooms.lose(room, "The message could not be stored"); // RULE 3
       }
     }
     room.isStoring = false;
-    this.#storing--;
   }
 
   /** Stores posts in one round trip, and answers the rest. What is stored is delivered when it is heard of. */
@@ -1082,9 +1082,9 @@ class RedisBroker implements Broker {
     this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore);
   }
 
-  async drain(): Promise<void> {
+  async finish(): Promise<void> {
     const until = performance.now() + DRAIN_MS;
-    while (this.#storing > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
+    while (this.#rooms().some(({ isStoring }) => isStoring) && performance.now() < until) await Bun.sleep(GATHER_MS);
     await Bun.sleep(GATHER_MS); // to hear
     this.#gatherer.flush();
   }
@@ -1105,7 +1105,7 @@ class RedisBroker implements Broker {
       try {
         await this.#connect(link);
         this.#link = link;
-        this.rooms.outage(this, true, "Redis can be used again.");
+        this.rooms.works(this.name);
         retry = RETRY_MS;
         tried();
         while (!this.#isStopped) {
@@ -1114,8 +1114,7 @@ class RedisBroker implements Broker {
         }
       } catch (error) {
         const { message } = fault.signal.aborted ? fault.signal.reason : error;
-        const why = `REDIS_URL=${withoutPassword(this.url)}: cannot be reached (${message}); retrying.`;
-        if (!this.#isStopped) this.rooms.outage(this, false, why);
+        if (!this.#isStopped) this.rooms.failed(this.name, message);
       }
       this.#link = undefined;
       link.commands.close();
@@ -1161,7 +1160,8 @@ class RedisBroker implements Broker {
   }
 }
 
-const logEpoch = ({ epoch }: Room) => epoch.slice(0, LOG_DIGITS);
+/** An epoch names the log, and after a hyphen the run of Redis. */
+const logEpoch = ({ epoch }: Room) => epoch.split("-")[0] as string;
 /** Seconds until an idle room expires; never is 100 years. */
 const idleSeconds = ({ idleDays }: Config) => `${(idleDays || 36_500) * DAY_SECONDS}`;
 const connectRedis = (url: string, idleTimeout = SILENT_MS) =>
@@ -1190,8 +1190,8 @@ class Rooms {
   brokerOf!: (room: string) => Broker;
   readonly open = new Map<string, Room>(); // by name
   readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
-  readonly #outages = new Set<Broker | string>(); // stores and names of rooms that were said to fail
-  readonly #members = () => [...this.open.values()].flatMap(({ members }) => [...members]);
+  readonly #failing = new Set<string>(); // stores and logs, as they were logged
+  readonly members = () => [...this.open.values()].flatMap(({ members }) => [...members]);
 
   constructor(
     readonly config: Config,
@@ -1234,16 +1234,19 @@ class Rooms {
   /** A log cannot be read. */
   unreadable(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
-    const isKnown = this.#outages.has(room.broker);
-    if (!isKnown) this.outage(room.name, false, `The log of ${room} cannot be read: ${message}`);
+    if (!this.#failing.has(room.broker.name)) this.failed(`The log of ${room}`, message);
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
-  /** Logs that a store or a room fails, once until it works again. */
-  outage(what: Broker | string, isOver: boolean, line: string): void {
-    if (isOver ? this.#outages.delete(what) : !this.#outages.has(what)) this.log("error", line);
-    if (!isOver) this.#outages.add(what);
-    dropOldest(this.#outages, MAX_BUCKETS);
+  /** Logs that a store, or the log of a room, cannot be used: once, until it works again. */
+  failed(what: string, why: string): void {
+    if (!this.#failing.has(what)) this.log("error", `${what} cannot be used: ${why}`);
+    this.#failing.add(what);
+    dropOldest(this.#failing, MAX_BUCKETS);
+  }
+
+  works(store: string): void {
+    if (this.#failing.delete(store)) this.log("error", `${store} can be used again.`);
   }
 
   #close(room: Room): void {
@@ -1260,29 +1263,38 @@ class Rooms {
   enter(ws: Socket): void {
     const member = ws.data;
     if (member.state === "refused") return ws.close(CLOSE.login, "A password is needed.");
-    const { roomName } = member.visitor;
-    let room = this.open.get(roomName);
+    const { visitor } = member;
+    let room = this.open.get(visitor.roomName);
     if (!room) {
-      room = new Room(roomName, this.brokerOf(roomName));
-      this.open.set(roomName, room);
+      room = new Room(visitor.roomName, this.brokerOf(visitor.roomName));
+      this.open.set(visitor.roomName, room);
       room.opened = room.broker.open(room);
     }
     member.ws = ws;
     member.room = room;
     room.members.add(member);
-    this.#join(member, room).catch((error: Error) => this.unreadable(room, error));
+    const hello = visitor.isChat && !visitor.resume && this.#hellos.get(room);
+    // A hello that is ready leaves in one packet with the handshake.
+    if (hello && Bun.peek.status(hello) === "fulfilled") this.#admit(member, Bun.peek(hello) as Hello);
+    else this.#join(member, room).catch((error: Error) => this.unreadable(room, error));
   }
 
+  /** Reads what a member needs first, then lets it in. */
   async #join(member: Member, room: Room): Promise<void> {
-    const { ws, visitor } = member;
+    const { visitor } = member;
     await room.opened;
-    if (visitor.resume?.epoch === room.epoch && visitor.resume.after > room.last) await Bun.sleep(BEHIND_MS);
     const missed: Message[] = [];
     room.pendingJoins.add(missed);
     const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
     room.pendingJoins.delete(missed);
-    this.#outages.delete(room.name);
-    // RULE 2: no await from here to `subscribe`. What was delivered since the log was read is in `missed`.
+    this.#failing.delete(`The log of ${room}`);
+    this.#admit(member, hello, missed);
+  }
+
+  /** Sends the hello, and what was delivered since it was made; from now on the member gets every message. */
+  #admit(member: Member, hello: Hello | undefined, missed: Message[] = []): void {
+    const { ws, room, visitor } = member;
+    // RULE 2: no await from here to `subscribe`.
     if (member.state === "joining") {
       if (hello) {
         const role = this.config.operator === "" ? undefined : visitor.role;
@@ -1376,21 +1388,17 @@ class Rooms {
     this.publish(room, { type: "presence", ...presence });
   }
 
-  // ── Dead peers, and the end ──
+  // ── Dead peers ──
 
   /** Pings silent connections, and ends those that stay so. (Whatever is sent puts off Bun's idle timer.) */
   checkSilence(): void {
     const silenceMs = this.config.silenceSeconds * 1000;
-    for (const member of this.#members()) {
+    for (const member of this.members()) {
       if (member.ws.isPaused) member.heardAt = performance.now(); // its answers are not read
       const silent = performance.now() - member.heardAt;
       if (silent >= silenceMs) member.ws.terminate();
       else if (silent >= silenceMs / 3) member.ws.ping();
     }
-  }
-
-  closeAll(): void {
-    for (const { ws } of this.#members()) ws.close(CLOSE.goingDown, "The server is shutting down: reconnect soon.");
   }
 }
 
@@ -1398,12 +1406,10 @@ function whoIsHere({ members }: Room): Here {
   const here = [...members].filter(({ state }) => state === "here");
   const ids = new Set(here.flatMap(({ visitor }) => visitor.from ?? []));
   const nameless = here.filter(({ visitor }) => !visitor.from).length;
-  const people = new Map<string | Member, Person>(); // several tabs of a person are one
-  for (const member of here.filter(({ visitor }) => visitor.isChat)) {
-    const { from } = member.visitor;
-    if (people.size < PRESENCE_PEOPLE) people.set(from ?? member, { name: member.name, from });
-  }
-  return { ids: [...ids], nameless, people: [...people.values()] };
+  const chat = here.filter(({ visitor }) => visitor.isChat);
+  // Several tabs of a person are one.
+  const people = new Map(chat.map(({ name, visitor: { from } }, i) => [from ?? i, { name, from }]));
+  return { ids: [...ids], nameless, people: [...people.values()].slice(0, PRESENCE_PEOPLE) };
 }
 
 // ─── Access: origin, address, id, password ───────────────────────────────────────────────────────────────────────────
@@ -1566,8 +1572,8 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
     const closed = rooms.server.stop(); // accepts no more; its sockets live on
     inbox.isStopping = true;
     clearInterval(sweeping);
-    await Promise.all(brokers.map((broker) => broker.drain()));
-    rooms.closeAll();
+    await Promise.all(brokers.map((broker) => broker.finish()));
+    for (const { ws } of rooms.members()) ws.close(CLOSE.goingDown, "The server is shutting down: reconnect soon.");
     await Promise.race([closed, Bun.sleep(CLOSE_MS)]); // whoever has not answered by then is cut
     for (const broker of brokers) broker.stop();
     void rooms.server.stop(true);
@@ -1621,12 +1627,9 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
   } catch (error) {
-    const { code, message } = error as { code?: string; message: string };
-    if (code === "EADDRINUSE") throw new StartError(`PORT=${port}: already in use; choose another port.`);
-    const files = tls && /ENOENT|EACCES|EISDIR|OSSL/.test(code ?? "") && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey}`;
-    if (files) throw new StartError(`${files}: cannot be used: ${message}`);
-    if (host === "") return Bun.serve({ ...options, hostname: "0.0.0.0" }); // a machine without IPv6
-    throw new StartError(`HOST=${host} PORT=${port}: cannot listen: ${message}`);
+    if (host === "") return listen({ ...config, host: "0.0.0.0" }, handlers); // a machine without IPv6
+    const files = tls && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey} `;
+    throw new StartError(`${files ?? ""}HOST=${host} PORT=${port}: cannot listen: ${(error as Error).message}`);
   }
 }
 
@@ -1691,8 +1694,7 @@ function makePage(html: string, config: Config): (request: Request) => Response 
     const isGet = method === "GET" || method === "HEAD";
     if (!isGet) return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     const headers = new Headers(fixed);
-    const hasIdentity = cookieOf(request, IDENTITY_COOKIE) !== undefined;
-    if (!hasIdentity) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
+    if (!cookieOf(request, IDENTITY_COOKIE)) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
     if (wanted.get("if-none-match")?.includes(etag.slice(2))) return new Response(null, { status: 304, headers });
     const gzip = /\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))/i.test(wanted.get("accept-encoding") ?? "");
     if (gzip) headers.set("Content-Encoding", "gzip");
@@ -1800,7 +1802,7 @@ export async function importMessages(config: Config, text: string): Promise<stri
 function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
   const { db, close } = openLocked(config);
   const insert: Statement = db.query(INSERT_MESSAGE);
-  const isTaken = db.transaction((room: string, lines: Line[]) => {
+  const insertRoom = db.transaction((room: string, lines: Line[]) => {
     if (db.query("SELECT 1 FROM rooms WHERE name = ?").get(room)) return false;
     const { lastInsertRowid: id } = db.query(INSERT_ROOM).run(room, randomHex(64));
     for (const { seq, at, name, from, text, removes, removed, key } of lines) {
@@ -1808,7 +1810,7 @@ function importSqlite(config: Config, rooms: Map<string, Line[]>): string[] {
     }
     return true;
   });
-  const refused = [...rooms].filter(([room, lines]) => !isTaken.immediate(room, lines));
+  const refused = [...rooms].filter(([room, lines]) => !insertRoom.immediate(room, lines));
   close(false);
   return refused.map(([room]) => room);
 }
@@ -1845,7 +1847,6 @@ async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<
 /** Does what the command line asks. @throws StartError when it asks for something else */
 export async function main([command, ...rest]: string[]): Promise<void> {
   if (command === "--help") return console.log(help());
-  if (command === "--version") return console.log(version);
   if (command === undefined) return serve(readConfig(process.env));
   if (command === "export" && rest.length === 0) return printExport(readConfig(process.env));
   if (command === "import" && rest.length <= 1) {
