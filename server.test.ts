@@ -14,22 +14,12 @@ import { connect as connectTls } from "node:tls";
 
 import { Browser, type BrowserWindow, type Element, type HTMLAnchorElement } from "happy-dom";
 import type { HTMLElement, HTMLTextAreaElement } from "happy-dom";
-import {
-  type Chat,
-  type Config,
-  exportMessages,
-  importMessages,
-  main,
-  type Message,
-  readConfig,
-  type ServerFrame,
-  startChat,
-} from "./server.ts";
+import { exportMessages, importMessages, main, readConfig, startChat } from "./server.ts";
+import type { Chat, Config, Message, ServerFrame } from "./server.ts";
 
 // ─── Tools: servers, clients, waiting ────────────────────────────────────────────────────────────────────────────────
 
 const SERVER = join(import.meta.dir, "server.ts");
-/** Folder for the databases of this run. */
 const FOLDER = mkdtempSync(join(tmpdir(), "chat-test-"));
 /** Milliseconds after which what should have come is missing. No test is about time: this only ends a failed one. */
 const DEADLINE_MS = 20_000;
@@ -55,7 +45,6 @@ async function start(config: Partial<Config> = {}): Promise<Chat> {
   return chat;
 }
 
-/** Runs `server.ts`, with or without a command. */
 function spawn(env: Record<string, string>, args: string[] = []) {
   const server = Bun.spawn([process.execPath, "run", SERVER, ...args], {
     env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
@@ -109,7 +98,6 @@ async function freePort(): Promise<number> {
   return port as number;
 }
 
-/** MiB of memory that a process holds. */
 function memoryOf({ pid }: { pid: number }): number {
   return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
 }
@@ -670,7 +658,6 @@ class Tab {
     return tab;
   }
 
-  /** Waits for a state of the connection. */
   async is(state: string): Promise<void> {
     await this.until(state, (s) => document.querySelector<HTMLElement>("#status")!.dataset.state === s, state);
   }
@@ -679,7 +666,6 @@ class Tab {
     await this.view.cdp("Emulation.setDeviceMetricsOverride", { width, height, deviceScaleFactor: 1, mobile: false });
   }
 
-  /** Runs a function in the page. */
   async run<T, A extends unknown[]>(inPage: (...args: A) => T, ...args: A): Promise<Awaited<T>> {
     return (await this.view.evaluate(`(${inPage})(...${JSON.stringify(args)})`)) as Awaited<T>;
   }
@@ -1313,6 +1299,12 @@ async function startServers({ config, env }: Awaited<ReturnType<MakeStore>>): Pr
   return config.redisUrls ? [first, await spawnServer({ ...env, CHAT_RATE: "0" })] : [first];
 }
 
+async function importOld(config: Partial<Config>, count: number): Promise<void> {
+  const line = (seq: number) => JSON.stringify({ room: "", seq, at: 1, name: "Ann", text: "old", key: `old${seq}` });
+  const lines = Array.from({ length: count }, (_, i) => line(i + 1));
+  expect(await importMessages({ ...readConfig({}), ...config }, lines.join("\n"))).toEqual([]);
+}
+
 /** Milliseconds that people wait between two posts, and a client that found no server before it tries again. */
 const REST_MS = 15;
 
@@ -1614,11 +1606,7 @@ describeStore("the store", (make) => {
 
   test("keeps the order of those who post right after a start, and knows every key of many", async () => {
     const { config } = await make();
-    const line = { room: "", at: 1, name: "Ann", text: "old" };
-    const lines = Array.from({ length: 120_000 }, (_, i) =>
-      JSON.stringify({ ...line, seq: i + 1, key: `old${i + 1}` }),
-    );
-    await importMessages({ ...readConfig({}), ...config }, lines.join("\n"));
+    await importOld(config, 120_000);
     const [ann, bo] = await joinAll((await start({ ...config, rate: 0, history: 130_000 })).url, "Ann", "Bo");
     for (let n = 1; n <= 100; n++) {
       for (const client of [ann, bo]) client.post(`m${n}`, `${n}-${client === ann}`);
@@ -1635,6 +1623,27 @@ describeStore("the store", (make) => {
 });
 
 describe("the SQLite store", () => {
+  test("keeps what waits for the keys though its sender leaves or the server stops, but nothing behind what fails", async () => {
+    const config = { db: newFile(), history: 200_000 };
+    await importOld(config, 100_000);
+    for (const text of ["left", "stopped"]) {
+      const chat = await start(config);
+      const ann = await Client.join(chat.url);
+      ann.post(text);
+      await ann.leave();
+      if (text === "left") await (await Client.join(chat.url)).say("next");
+      await chat.stop();
+    }
+    using other = new Database(config.db);
+    other.run("CREATE TRIGGER t BEFORE INSERT ON messages WHEN new.text = 'bad' BEGIN SELECT RAISE(ABORT, 'bad'); END");
+    const { url } = await start(config);
+    const bo = await Client.join(url);
+    for (const text of ["bad", "behind", "too"]) bo.post(text);
+    expect(await bo.end()).toBe(1013);
+    const { messages } = await (await Client.join(url)).first("hello");
+    expect(textsOf(messages).slice(-4)).toEqual(["old", "left", "next", "stopped"]);
+  });
+
   test("has a message in the file before anyone receives it", async () => {
     const file = newFile();
     const [ann, bo] = await joinAll((await start({ db: file })).url, "Ann", "Bo");
@@ -1752,7 +1761,6 @@ function login(url: string, password: string, headers: Record<string, string> = 
   return fetch(url, { method: "POST", body, headers, tls: { rejectUnauthorized: false } });
 }
 
-/** The cookie that an answer sets, as a browser sends it back. */
 function cookieOf(response: Response): string {
   return /^[^;]+/.exec(response.headers.get("set-cookie") ?? "")?.[0] ?? "";
 }
@@ -1969,7 +1977,9 @@ describe("a flooder", () => {
       if (plain) await ann.untilMessages(1);
       else await flooder.settle(); // its pings are answered while its posts wait
       if (rate > 0) expect(ann.messages.length).toBeLessThan(count);
+      if (rate === 1000) for (let i = 0; i < 5000; i++) flooder.send({ type: "ping" });
       expect(textsOf(await ann.untilMessages(count))).toEqual(numbered(1, count).map((text) => text.padEnd(length)));
+      expect(flooder.all("pong").length).toBeLessThan(5000); // pings are slowed too
     }
   });
 
@@ -2077,17 +2087,10 @@ describe("a broken handshake", () => {
 test("A broken frame ends the connection with the code of RFC 6455, in both dialects, and nobody else's.", async () => {
   const { url } = await start({ rate: 0 });
   const ann = await Client.join(url);
-  const text = '{"type":"ping"}';
-  const part = (size: number, i: number) => rawFrame("x".repeat(size), i === 0 ? 1 : 0, { fin: false });
   const cases: [what: string, code: number, ...frames: Buffer[]][] = [
-    ["unmasked", 1002, rawFrame(text, 1, { mask: false })],
-    ["binary", 1003, rawFrame(text, 2)],
+    ["binary", 1003, rawFrame("x", 2)],
     ["no UTF-8", 1007, rawFrame(Buffer.from([0x22, 0xff, 0x22]))],
-    ["UTF-8 cut by fragments", 1007, rawFrame(Buffer.from([0xe5]), 1, { fin: false }), rawFrame("x", 0)],
-    ["2^63 bytes", 1009, Buffer.from([0x81, 0xff, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])],
     ["64 KiB and one byte", 1009, rawFrame("x".repeat(65_537))],
-    ["fragments of more than 64 KiB", 1009, ...Array.from({ length: 65 }, (_, i) => part(1024, i))],
-    ["HTTP", 1002, Buffer.from("GET / HTTP/1.1\r\n\r\n")],
   ];
   for (const plain of [false, true]) {
     const long: typeof cases = plain ? [["a text of more than 16 KiB", 1009, rawFrame("团".repeat(5462))]] : [];
@@ -2329,7 +2332,7 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
     await redis.command("PUBLISH", "chat:state:odd", "no json");
     expect(await odd.end()).toBe(1013);
     await sound.say("hi");
-    expect(server.errors).toMatch(/^(The log of room "(broken|odd)" cannot be used: .+\n)+$/);
+    expect(server.errors).toMatch(/^(The log of room "(broken|odd)" (cannot be used: .+|can be used again[.])\n)+$/);
   });
 });
 
@@ -2382,6 +2385,9 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
       for (const key of keys) await redis.command("EXPIRE", key, "60");
       await Client.join((await start({ redisUrls: [redis.url], idleDays })).url, { room }); // another server opens it
       for (const ttl of await ttls()) expect([room, ttl > 3000]).toEqual([room, true]);
+      const quiet = await Client.join(url, { room: `quiet ${room}` });
+      await redis.command("DEL", `chat:state:quiet ${room}`); // nobody has posted for an hour
+      await quiet.say("the first");
     }
   });
 
@@ -2599,7 +2605,7 @@ describe("export and import", () => {
       expect(await exported(config)).toHaveLength(2);
       const file = newFile();
       await Bun.write(file, JSON.stringify(line));
-      const said = 'Not imported, as these rooms are there already: [""].\n';
+      const said = 'Not imported, as these rooms already exist: [""].\n';
       expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
       if (name === "Redis") continue;
       await start(config);
@@ -2634,7 +2640,6 @@ test("One executable is built, which serves the chat from an empty folder.", asy
 
 // ─── The page in Chromium ────────────────────────────────────────────────────────────────────────────────────────────
 
-/** The text of the first element that a selector names. */
 function textOf(tab: Tab, selector: string): Promise<string> {
   return tab.run((selector) => document.querySelector(selector)?.textContent ?? "", selector);
 }
@@ -2673,12 +2678,10 @@ function focused(tab: Tab): Promise<string> {
   });
 }
 
-/** The message that was opened by its number. */
 async function untilFound(tab: Tab, seq: number): Promise<void> {
   await tab.until(`#${seq}`, (seq) => document.querySelector<HTMLElement>(".found")?.dataset.seq === `${seq}`, seq);
 }
 
-/** Types a password into the form that asks for one. */
 async function givePassword(tab: Tab, password: string, said: string): Promise<void> {
   await tab.until("the form", () => document.activeElement!.id === "password");
   await tab.view.type(password);
@@ -2692,7 +2695,6 @@ function hide(hidden: boolean): void {
   document.dispatchEvent(new Event("visibilitychange"));
 }
 
-/** Types what to search for. */
 async function type(tab: Tab, query: string): Promise<void> {
   await tab.run(() => {
     if (!document.querySelector("#search[open]")) document.querySelector<HTMLElement>("#show-search")!.click();
@@ -2731,11 +2733,11 @@ describePage("in a browser", () => {
     await untilSays(tab, "#typing", "");
     await tab.view.click("#text");
     await tab.view.type("x");
-    await bo.first("typing");
-    const others = await joinAll(url, "\u202Eone", "2", "3", "4");
-    others[0]!.send({ type: "typing" });
+    const { name } = await bo.first("typing");
+    const others = await joinAll(url, name, "\u202Eone", "2", "3", "4");
+    for (const other of others.slice(0, 2)) other.send({ type: "typing" }); // in another tab of one's own, too
     await untilSays(tab, "#typing", "one is typing…");
-    for (const other of others.slice(1)) other.send({ type: "typing" });
+    for (const other of others.slice(2)) other.send({ type: "typing" });
     await untilSays(tab, "#typing", "4 people are typing…");
   });
 });
@@ -3137,7 +3139,6 @@ describePage("the connection", () => {
 });
 
 describePage("scrolling", () => {
-  /** The first message in sight, and where it stands. */
   const place = (tab: Tab) =>
     tab.run(() => {
       const edge = document.querySelector("#log")!.getBoundingClientRect().top + 1;
@@ -3535,7 +3536,6 @@ function lowContrasts(): string[] {
 // ─── The page in happy-dom: what needs no layout ─────────────────────────────────────────────────────────────────────
 
 describe("without a layout", () => {
-  /** A page of the chat in happy-dom. */
   async function openPage(url: string, languages = ["en-US"], prepare = (_: BrowserWindow) => {}) {
     const browser = new Browser({
       settings: { enableJavaScriptEvaluation: true, suppressInsecureJavaScriptEnvironmentWarning: true },

@@ -2,7 +2,7 @@
 /**
  * A chat server in one file. A message passes through it from top to bottom:
  *
- *    socket ── text frame ──▶ receive     parses the frame and checks its size
+ *    socket ── text frame ──▶ receive     parses the frame
  *                                │
  *                                ▼
  *                              pace       the token buckets of the sender and its address: slows, never drops
@@ -11,10 +11,10 @@
  *                              append     the broker stores the post and gives it the room's next seq
  *                                │        only what is stored goes on
  *                                ▼
- *                              deliver    one frame for each dialect: server.publish(topic) ──▶ every socket of the room
+ *                              deliver    server.publish(topic), for each dialect ──▶ every socket of the room
  *
  * Three rules hold it together, and a comment marks each place where one applies:
- *   RULE 1  Never await between the commit (Redis: the notification) and publish: the order stored is the order seen.
+ *   RULE 1  Never await between raising `room.last` and publish: the order stored is the order seen.
  *   RULE 2  Never await between the last replayed message and `ws.subscribe`: nobody joins into a gap.
  *   RULE 3  In doubt, lose the room: close its sockets with 1013 and forget it. Clients resume exactly: this is
  *           the only recovery.
@@ -33,10 +33,10 @@ import pageSource from "./index.html" with { type: "text" };
 
 // What a client may send.
 const MAX_TEXT = 16 * 1024; // bytes of UTF-8
-const MAX_FRAME = 64 * 1024; // bytes; a longer one closes with 1009
+const MAX_FRAME = 64 * 1024; // bytes; a longer one closes the socket with 1009
 const MAX_NAME = 32; // code points
 const MAX_ROOM = 64; // code points
-const MAX_STRIKES = 10; // frames outside the protocol, until it closes with 1008
+const MAX_STRIKES = 10; // bad frames until the socket is closed with 1008
 // What a client is sent.
 const PAGE_MESSAGES = 100; // in a page of history, and in the hello of a fresh start
 const PAGE_BYTES = 256 * 1024; // of text in both, as JSON: half of BACKPRESSURE_BYTES
@@ -45,6 +45,7 @@ const CACHED_HELLOS = 64; // in the whole server: some 20 MB
 const PRESENCE_PEOPLE = 100; // listed in a presence frame; the count is exact
 const PRESENCE_MS = 1000; // between two presence frames of a room
 const TYPING_MS = 2000; // between two typing frames of a sender that are passed on
+const PONG_MS = 1000; // between two pongs that do not wait for the rate
 // Rates: CHAT_RATE is that of one connection.
 const BURST_SECONDS = 10; // worth of frames that a silent sender may send at once
 const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
@@ -52,7 +53,7 @@ const PAGE_TOKENS = 10; // of its address: a page costs as much as ten posts
 const FREE_TRIES = 5; // wrong passwords of an address at once; then one a minute
 const MAX_BUCKETS = 10_000; // of each kind
 // What is buffered for one connection.
-const QUEUE_BYTES = 1024 * 1024; // from a sender, until its socket is read no further
+const QUEUE_BYTES = 1024 * 1024; // from a sender, until its socket is paused
 const QUEUE_FRAME_BYTES = 64; // for each queued frame beside its text
 const BACKPRESSURE_BYTES = 512 * 1024; // for a slow reader: with the frame that passes it, 1 MiB
 // Under load messages are gathered, which saves system calls, until one of these is reached.
@@ -60,9 +61,9 @@ const GATHER_MS = 6;
 const MAX_GATHER_MS = 20; // for 1,000 people
 const GATHER_POSTS = 32;
 const GATHER_CHARACTERS = 64 * 1024; // UTF-16 units
-const STEP_MESSAGES = 1000; // read for their keys, trimmed, or sent to Redis at once: others get in between
-const MAX_KEYS = 50_000; // in one Map: it grows in 4 ms
-const VACUUM_BYTES = 32 * 1024 * 1024; // of a database that is rewritten at the end: 1 s
+const CHUNK_MESSAGES = 1000; // read, trimmed or sent in one go: other work runs in between
+const MAX_KEYS = 50_000; // in one Map: growing it takes 4 ms
+const VACUUM_BYTES = 32 * 1024 * 1024; // largest database that is vacuumed at stop: 1 s
 // Requests and cookies.
 const MAX_BODY = 4096; // bytes: a password
 const DAY_SECONDS = 24 * 60 * 60;
@@ -169,7 +170,7 @@ function errorFrame(code: ErrorCode, key = "", text = ERRORS[code]): ErrorFrame 
 }
 
 const badFrame = (text: string) => errorFrame("bad-frame", "", text);
-const isSeq = (value: unknown): value is number => Number.isSafeInteger(value) && (value as number) >= 1;
+const isSeq = (value: unknown) => Number.isSafeInteger(value) && (value as number) >= 1;
 /** A frame as JSON; fields that are undefined are left out. */
 const encode = (frame: ServerFrame) => JSON.stringify(frame);
 const PONG = encode({ type: "pong" });
@@ -185,7 +186,7 @@ function cleanLine(text: string, max: number): string | undefined {
   return isOver || CONTROL.test(clean) ? undefined : clean;
 }
 
-/** The room that a path names after `/ws/`; `""` is the lobby. Undefined when it names none. */
+/** The room that a path names after `/ws/`; `""` is the lobby. Undefined if the name is invalid. */
 function roomOf(path: string): string | undefined {
   try {
     return cleanLine(decodeURIComponent(path), MAX_ROOM);
@@ -207,7 +208,7 @@ const LOG_LEVELS = ["silent", "error", "info", "debug"] as const;
 const REDIS = /^(redis|valkey)s?:\/\/./;
 const ORIGIN = /^(\*|(https?:\/\/)?[^/?#*@\s]+)$/;
 
-/** A reader that throws what is allowed when `read` finds nothing. */
+/** Wraps `read`: where it returns undefined, throws what is allowed. */
 function check<T>(allowed: string, read: (value: string) => T | undefined): (value: string) => T {
   return (value) => {
     const found = read(value);
@@ -256,10 +257,10 @@ export type Config = { readonly [Name in keyof typeof SETTINGS]: ReturnType<(typ
   readonly expireMs: number; // between two looks for idle rooms
 };
 
-/** An error of the operator, such as a bad value or a port in use, told in one line. */
+/** An operator error, such as a bad value or a port in use: gets one line. */
 export class StartError extends Error {}
 
-/** Unset and empty variables have their defaults. @throws StartError with the variable, its value and what is allowed */
+/** Unset and empty variables get their defaults. @throws StartError with the variable, its value and what is allowed */
 export function readConfig(env: Record<string, string | undefined>): Config {
   const entries = Object.entries(SETTINGS).map(([name, [variable, fallback, read]]) => {
     const value = env[variable] || fallback;
@@ -280,7 +281,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   return Object.freeze(config);
 }
 
-/** Hides passwords in URLs: they may have an @. */
+/** Hides passwords in URLs: they may contain an @. */
 const withoutPassword = (urls: string) => urls.replace(/\/\/[^,]*@/g, "//…@");
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
@@ -361,9 +362,10 @@ class Member {
   heardAt = performance.now(); // when something last came from it
   queue: { frame: ClientFrame | ErrorFrame; bytes: number }[] = []; // what came too fast, or before the hello
   queueBytes = 0;
-  draining: Timer | undefined; // until the next token for the queue
+  drainTimer: Timer | undefined; // waits for the next token
   strikes = 0; // frames outside the protocol
   typedAt = -Infinity;
+  pongedAt = -Infinity;
 
   constructor(
     public name: string,
@@ -379,21 +381,20 @@ class Room {
   state: "opening" | "open" | "closed" = "opening"; // closed: nobody is in it, or it was lost
   opened!: Promise<void>; // settles when its log is open
   readonly members = new Set<Member>();
-  // What the brokers set:
+  // Set by the broker:
   epoch = ""; // names its log
   first = 1; // the oldest seq in the store
   last = 0; // the newest; SQLite raises it before the commit
   row = 0; // SQLite: its id; 0 until its first message is stored
   keys: Map<string, number>[] | undefined; // SQLite: seqs by key, once they are needed; the newest last
-  waiting: Post[] = []; // posts to be stored next; SQLite: once the keys are read
-  isStoring = false; // Redis: whether others are being stored
-  early: Heard[] = []; // Redis: what was heard while the room was opening
-  readonly removed = new Set<number>(); // Redis: seqs that were taken back since then
-  // What the rooms set:
-  readonly pendingJoins = new Set<Message[]>(); // for each who is joining: what was delivered since it read the log
+  waiting: Post[] = []; // SQLite: until the keys are loaded; Redis: for the batch in flight
+  heldBack: Batch[] = []; // Redis: batches that arrived while it was opening
+  readonly removed = new Set<number>(); // Redis: seqs taken back since it was opened
+  // Set by `Rooms`:
+  readonly pendingJoins = new Set<Message[]>(); // for each hello being made: what was delivered since
   readonly elsewhere = new Map<string, Here>(); // who is here on other servers
-  announced = ""; // who is here on this one, as the others were last told
-  presence = ""; // the last presence frame
+  sentToServers = ""; // who is here on this one, as the others know it
+  sentToClients = ""; // who is here on all, as the clients know it
   presenceAt = -Infinity;
   presenceTimer: Timer | undefined;
 
@@ -411,7 +412,7 @@ class Room {
 
 // ─── In: receive and pace ────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Takes the frames of all sockets, at each sender's rate. */
+/** Takes frames from `websocket.message` (see `makeHandlers`), at each sender's rate. */
 class Inbox {
   isStopping = false;
   readonly senders: TokenBuckets<Member>;
@@ -430,9 +431,11 @@ class Inbox {
     if (ws.readyState !== WebSocket.OPEN) return; // read with a frame that closed it
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are accepted.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
-    // A ping passes the queue, or a slowed client would take its connection for dead.
-    if (frame.type === "ping" && member.state === "here") return void ws.send(PONG);
-    this.pace(member, frame, data.length);
+    // A ping now and then passes the queue, or a slowed client would take its connection for dead.
+    const isFirst = frame.type === "ping" && member.heardAt - member.pongedAt >= PONG_MS;
+    if (!isFirst || member.state !== "here") return this.pace(member, frame, data.length);
+    member.pongedAt = member.heardAt;
+    ws.send(PONG);
   }
 
   /** Queues a frame, and acts on it at once while its sender keeps to the rate. */
@@ -446,7 +449,7 @@ class Inbox {
 
   /** Acts on as many frames as the rates allow; a timer comes back for the rest. */
   drain(member: Member): void {
-    if (member.draining) return;
+    if (member.drainTimer) return;
     let wait = 0;
     while (member.queue.length > 0 && (wait = this.#takeTokens(member)) === 0) {
       const { frame, bytes } = member.queue.shift() as Member["queue"][0];
@@ -458,8 +461,8 @@ class Inbox {
     if (member.queue.length === 0) return;
     // Many may wait for one address: each looks only when its own tokens come.
     wait = Math.max(wait, 1000 / this.rooms.config.rate);
-    member.draining = setTimeout(() => {
-      member.draining = undefined;
+    member.drainTimer = setTimeout(() => {
+      member.drainTimer = undefined;
       this.drain(member);
     }, wait);
   }
@@ -515,7 +518,7 @@ class Inbox {
     const from = Math.max(firstKept(room, this.rooms.config), to - PAGE_MESSAGES + 1);
     room.broker.read(room, from, to).then(
       (messages) => ws.send(encode({ type: "page", messages })),
-      (error: Error) => this.rooms.unreadable(room, error),
+      (error: Error) => this.rooms.readFailed(room, error),
     );
   }
 
@@ -645,10 +648,11 @@ class SqliteBroker implements Broker {
   readonly #select: Statement<Row, [number, number, number]>;
   readonly #storeAll: (posts: Post[]) => (Message | Answer)[]; // all, or none
   readonly #gatherer = new Gatherer<Post>((posts) => this.#commit(posts));
+  readonly #loading = new Map<string, Promise<void>>(); // by room: its keys are being read
   #trimming: Timer | undefined;
   #expiring: Timer | undefined;
 
-  /** @throws StartError when the database cannot be opened and written */
+  /** @throws StartError when the database cannot be opened for writing */
   constructor(readonly rooms: Rooms) {
     const { db, close } = openLocked(rooms.config);
     this.#db = db;
@@ -665,34 +669,35 @@ class SqliteBroker implements Broker {
 
   async open(room: Room): Promise<void> {
     // Clients who have just left this room may have posted.
+    await this.#loading.get(room.name);
     this.#gatherer.flush();
     const [found] = this.#db.query(FIND_ROOM).values(room.name) as [number, string, number, number][];
     // A visit alone leaves no trace: the room is inserted with its first message.
     [room.row, room.epoch, room.first, room.last] = found ?? [0, randomHex(64), 1, 0];
-    room.state = "open";
+    if (room.state === "opening") room.state = "open";
   }
 
   append(post: Post): void {
     const { room, text, key } = post;
     if (room.waiting.length === 0 && (room.keys || !key)) return this.#gatherer.add(post, text.length);
-    if (room.waiting.push(post) > 1) return;
-    this.#loadKeys(room).catch((error: Error) => this.rooms.unreadable(room, error));
+    if (room.waiting.push(post) > 1) return; // the keys are being read already
+    const loading = this.#loadKeys(room).catch((error: Error) => this.rooms.readFailed(room, error));
+    const done = () => void this.#loading.delete(room.name);
+    this.#loading.set(room.name, loading.then(done));
   }
 
-  /** Keys are kept in memory, because an index on them costs ten times the insert. */
+  /** Keys are kept in memory, because an index makes inserts ten times slower. */
   async #loadKeys(room: Room): Promise<void> {
     const step = this.#db.query("SELECT key, seq FROM messages WHERE room = ? AND seq > ? ORDER BY seq LIMIT ?");
     const keys: Map<string, number>[] = [];
-    for (let last = 0; last < room.last; await Bun.sleep(0)) {
-      const rows = step.values(room.row, last, STEP_MESSAGES) as [string | null, number][];
+    for (let last = firstKept(room, this.rooms.config) - 1; last < room.last; await Bun.sleep(0)) {
+      const rows = step.values(room.row, last, CHUNK_MESSAGES) as [string | null, number][];
       for (const [key, seq] of rows) if (key) addKey(keys, key, seq);
       last = rows.at(-1)?.[1] ?? room.last;
     }
     room.keys = keys;
-    const posts = room.waiting.splice(0);
-    // If the room was opened anew meanwhile, the senders have left, and the seqs are another's.
-    if (room.state === "closed" && this.rooms.open.has(room.name)) return;
-    for (const post of posts) this.#gatherer.add(post, post.text.length);
+    // One by one: if a commit fails, `lose` drops the rest, as a later post must not overtake.
+    for (let post; (post = room.waiting.shift());) this.#gatherer.add(post, post.text.length);
   }
 
   /** Stores posts in one transaction, then delivers them. */
@@ -703,15 +708,15 @@ class SqliteBroker implements Broker {
       for (const [i, outcome] of this.#storeAll(posts).entries()) {
         const post = posts[i] as Post;
         if (typeof outcome !== "object") answers.push([post, outcome]);
-        else if (!stored.get(post.room)?.push(outcome)) stored.set(post.room, [outcome]);
+        else stored.getOrInsert(post.room, []).push(outcome);
       }
     } catch (error) {
       this.rooms.failed(this.name, (error as Error).message);
       for (const { room } of posts) this.rooms.lose(room, "The message could not be stored"); // RULE 3
       return;
     }
-    this.rooms.works(this.name);
-    // RULE 1: no await from the commit to here, nor in `deliver`.
+    this.rooms.recovered(this.name);
+    // RULE 1: no await since `#store` raised `last`, nor in `deliver`.
     for (const [room, messages] of stored) this.rooms.deliver(room, messages);
     for (const [post, answer] of answers) this.rooms.answer(post, answer);
     for (const room of stored.keys()) this.#trimSoon(room);
@@ -745,6 +750,7 @@ class SqliteBroker implements Broker {
   }
 
   async finish(): Promise<void> {
+    await Promise.race([Promise.all(this.#loading.values()), Bun.sleep(DRAIN_MS)]);
     this.#gatherer.flush();
   }
 
@@ -757,12 +763,12 @@ class SqliteBroker implements Broker {
 
   /** Deletes a room's oldest messages, step by step. */
   #trimSoon(room: Room): void {
-    if (room.last - room.first + 1 < this.rooms.config.history + STEP_MESSAGES) return;
+    if (room.last - room.first + 1 < this.rooms.config.history + CHUNK_MESSAGES) return;
     this.#trimming ??= setTimeout(() => {
       this.#trimming = undefined;
       try {
         const step = this.#db.query("DELETE FROM messages WHERE room = ? AND seq < ? RETURNING key, seq");
-        for (const [key, seq] of step.values(room.row, room.first + STEP_MESSAGES) as [string, number][]) {
+        for (const [key, seq] of step.values(room.row, room.first + CHUNK_MESSAGES) as [string, number][]) {
           // Unless the key was posted again, as a later message.
           for (const seqs of room.keys ?? []) if (seqs.get(key) === seq) seqs.delete(key);
         }
@@ -770,7 +776,7 @@ class SqliteBroker implements Broker {
       } catch (error) {
         return this.rooms.log("error", `The history of ${room} cannot be trimmed: ${(error as Error).message}`);
       }
-      room.first += STEP_MESSAGES;
+      room.first += CHUNK_MESSAGES;
       this.#trimSoon(room);
     }, GATHER_MS);
   }
@@ -778,18 +784,19 @@ class SqliteBroker implements Broker {
   /** Forgets the rooms that nobody is in and nobody has posted to for some days. */
   async #forgetIdle(): Promise<void> {
     const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(NEXT_IDLE);
-    const since = Date.now() - this.rooms.config.idleDays * DAY_SECONDS * 1000;
+    const cutoff = Date.now() - this.rooms.config.idleDays * DAY_SECONDS * 1000;
     try {
-      for (let id = 0, room; (room = nextIdle.get(id, since)); await Bun.sleep(GATHER_MS)) {
+      for (let id = 0, room; (room = nextIdle.get(id, cutoff)); await Bun.sleep(GATHER_MS)) {
         id = room.id;
         // A client that has just left may have posted.
         this.#gatherer.flush();
-        if (this.rooms.open.has(room.name)) continue;
-        const forget = this.#db.transaction(() => {
-          for (const from of ["messages WHERE room", "rooms WHERE id"]) this.#db.run(`DELETE FROM ${from} = ?`, [id]);
-        });
-        forget.immediate();
-        this.rooms.log("info", `Room "${room.name}" was forgotten: nobody used it any more.`);
+        if (this.rooms.byName.has(room.name) || this.#loading.has(room.name)) continue;
+        const forget = () => {
+          this.#db.run("DELETE FROM messages WHERE room = ?", [id]);
+          this.#db.run("DELETE FROM rooms WHERE id = ?", [id]);
+        };
+        this.#db.transaction(forget).immediate();
+        this.rooms.log("info", `Room "${room.name}" was forgotten: nobody has used it lately.`);
       }
     } catch (error) {
       if (this.#expiring) this.rooms.log("error", `Idle rooms cannot be forgotten: ${(error as Error).message}`);
@@ -830,7 +837,7 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   const db = new Database(path, { create: true, readwrite: true, strict: true });
   db.run("PRAGMA busy_timeout = 500");
   db.run("PRAGMA journal_mode = WAL");
-  // In pages: 16 MB. One that is written often is copied less often.
+  // 16 MB, in pages: one that is rewritten often is copied less often.
   db.run("PRAGMA wal_autocheckpoint = 4000");
   db.run(`PRAGMA synchronous = ${sync}`);
   // What was taken back is overwritten, not only unlinked.
@@ -854,7 +861,7 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
 //
 // Keys, after CHAT_PREFIX:
 //   state:<room>     hash: epoch, and last seq
-//   messages:<room>  list: the log as JSON; an index from its end is not moved by trimming
+//   messages:<room>  list: the log as JSON; trimming keeps indexes from its end valid
 //   keys:<room>      hash: key → seq
 //   data             a random name of the data set
 // Channels, after CHAT_PREFIX:
@@ -868,9 +875,9 @@ const RETRY_MS = 50; // before the first try to reach Redis again; doubled until
 const MAX_RETRY_MS = 1000;
 const HEARTBEAT_MS = 2000;
 const SILENT_MS = 5000; // after which a connection is dead: each carries heartbeats
-const ALIVE_MS = 9000; // after a server's last sign of life, until its people are gone
+const ALIVE_MS = 9000; // without a sign of life until a server's people are dropped
 const TRIM_TOGETHER = 100; // messages over CHAT_HISTORY
-const OPEN_SECONDS = 3600; // that a room lives at least after it was opened
+const OPEN_SECONDS = 3600; // the least time to live of an opened room
 
 /** What every script on a room begins with. KEYS: room, log, keys. */
 const SCRIPT_HEAD = `
@@ -882,11 +889,12 @@ local function expire(...) for _, name in ipairs(KEYS) do redis.call('EXPIRE', n
 
 /**
  * Stores posts and publishes them in one step, so that they are heard in the order of the log.
- * ARGV: epoch, history, seconds until an idle room expires; of each post its key, the seq that it removes, whose
- * messages its sender may remove ("*": all), and its JSON after `{"seq":…,`.
- * Returns nil if the log is another one; of each post the seq that it got, minus the seq that it had, or the refusal.
+ * ARGV: epoch, history, seconds until an idle room expires, last seq known; of each post its key, the seq that it
+ * removes, whose messages its sender may remove ("*": all), and its JSON after `{"seq":…,`.
+ * Returns nil if the epoch differs; else for each post 0 if it was stored, the seq that it already had, or the refusal.
  */
 const STORE_SCRIPT = `${SCRIPT_HEAD}
+if not epoch and ARGV[4] == '0' then epoch = ARGV[1] end -- an empty room that expired
 if epoch ~= ARGV[1] then return false end
 local history = tonumber(ARGV[2])
 local function erase(target, whose)
@@ -895,26 +903,25 @@ local function erase(target, whose)
   local message = text and cjson.decode(text)
   if not message or message.removes then return 'gone' end
   if whose ~= '*' and message.from ~= whose then return 'not-yours' end
-  if message.removed then return -target end
+  if message.removed then return target end
   message.text, message.removed = '', true
   redis.call('LSET', log, index, cjson.encode(message))
 end
 local answers, stored, length = {}, {}, 0
-for i = 4, #ARGV, 4 do
+for i = 5, #ARGV, 4 do
   local key, target, whose, rest = unpack(ARGV, i, i + 3)
   local known = key ~= '' and redis.call('HGET', keys, key)
-  local answer = known and -known or target ~= '' and erase(tonumber(target), whose)
+  local answer = known and tonumber(known) or target ~= '' and erase(tonumber(target), whose)
   if not answer then
     last = last + 1
-    answer = last
     stored[#stored + 1] = '{"seq":' .. last .. ',' .. rest
     length = redis.call('RPUSH', log, stored[#stored])
     if key ~= '' then redis.call('HSET', keys, key, last) end
   end
-  answers[#answers + 1] = answer
+  answers[#answers + 1] = answer or 0
 end
 if #stored == 0 then return answers end
-redis.call('HSET', room, 'last', last)
+redis.call('HSET', room, 'epoch', epoch, 'last', last)
 if length >= history + ${TRIM_TOGETHER} then
   for _, text in ipairs(redis.call('LRANGE', log, 0, -history - 1)) do
     redis.call('HDEL', keys, cjson.decode(text).key or '')
@@ -936,7 +943,7 @@ end
 expire(${OPEN_SECONDS}, 'GT')
 return {epoch, last, redis.call('LLEN', log)}`;
 
-/** ARGV: epoch, from, to. Returns the newest PAGE_BYTES or a little more, newest first; nil if the log is another one. */
+/** ARGV: epoch, from, to. Returns the newest PAGE_BYTES or a little more, newest first; nil if the epoch differs. */
 const READ_SCRIPT = `${SCRIPT_HEAD}
 if epoch ~= ARGV[1] then return false end
 local texts, bytes = {}, 0
@@ -947,8 +954,8 @@ for seq = ARGV[3], math.max(ARGV[2], last - redis.call('LLEN', log) + 1), -1 do
 end
 return texts`;
 
-/** Messages that were stored together, and the epoch of their log, without the run. */
-type Heard = { room: Room; epoch: string; messages: Message[] };
+/** Messages that were stored together, with the epoch as Redis has it: see `logEpoch`. */
+type Batch = { room: Room; epoch: string; messages: Message[] };
 
 /**
  * The two connections to a Redis: when either fails, both are replaced. The run names the Redis process and its data
@@ -960,12 +967,13 @@ type Link = { commands: Bun.RedisClient; subscriber: Bun.RedisClient; run: strin
 class RedisBroker implements Broker {
   readonly #server = randomHex(64); // this server's name among those that share the Redis
   #link: Link | undefined; // undefined while Redis is away
+  readonly #storing = new Set<Room>(); // a batch of theirs is in flight
   readonly #alive = new Map<string, number>(); // the last sign of life of each server
-  readonly #gatherer = new Gatherer<Heard>((heard) => {
-    for (const [room, some] of Map.groupBy(heard, (each) => each.room)) this.#deliver(room, some);
+  readonly #gatherer = new Gatherer<Batch>((batches) => {
+    for (const [room, some] of Map.groupBy(batches, (each) => each.room)) this.#deliver(room, some);
   });
   #isStopped = false;
-  readonly #rooms = () => [...this.rooms.open.values()].filter((room) => room.broker === this);
+  readonly #ownRooms = () => [...this.rooms.byName.values()].filter((room) => room.broker === this);
   readonly #keys = (room: Room) => roomKeys(this.rooms.config, room.name);
 
   constructor(
@@ -979,7 +987,7 @@ class RedisBroker implements Broker {
   }
 
   async open(room: Room): Promise<void> {
-    const hear = (text: string) => this.#hear(room, text).catch((error: Error) => this.rooms.unreadable(room, error));
+    const hear = (text: string) => this.#onNotice(room, text).catch((error) => this.rooms.readFailed(room, error));
     await this.#link?.subscriber.subscribe(this.#keys(room)[0], hear);
     const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
     if (room.state === "closed" || !this.#link) return;
@@ -987,7 +995,7 @@ class RedisBroker implements Broker {
     room.first = last - length + 1;
     room.last = last;
     room.state = "open";
-    this.#deliver(room, room.early.splice(0));
+    this.#deliver(room, room.heldBack.splice(0));
     this.tell(room, {});
   }
 
@@ -998,72 +1006,70 @@ class RedisBroker implements Broker {
 
   append(post: Post): void {
     post.room.waiting.push(post);
-    if (!post.room.isStoring) void this.#storeWaiting(post.room);
+    if (!this.#storing.has(post.room)) void this.#storeWaiting(post.room);
   }
 
   /** One batch at a time, so that a later post cannot overtake one that may not have been stored. */
   async #storeWaiting(room: Room): Promise<void> {
-    room.isStoring = true;
+    this.#storing.add(room);
     while (room.waiting.length > 0) {
       let characters = 0;
       const isTooMuch = ({ text }: Post) => (characters += text.length) > GATHER_CHARACTERS;
-      const end = room.waiting.findIndex((post, i) => i === STEP_MESSAGES || isTooMuch(post));
+      const end = room.waiting.findIndex((post, i) => i === CHUNK_MESSAGES || isTooMuch(post));
       try {
-        await this.#store(room, room.waiting.splice(0, end < 0 ? STEP_MESSAGES : end));
-        this.rooms.works(this.name);
+        await this.#store(room, room.waiting.splice(0, end < 0 ? CHUNK_MESSAGES : end));
+        this.rooms.recovered(this.name);
       } catch (error) {
         this.rooms.failed(this.name, (error as Error).message);
         this.rooms.lose(room, "The message could not be stored"); // RULE 3
       }
     }
-    room.isStoring = false;
+    this.#storing.delete(room);
   }
 
-  /** Stores posts in one round trip, and answers the rest. What is stored is delivered when it is heard of. */
+  /** Stores posts in one round trip; answers duplicates and refusals. The notification delivers what was stored. */
   async #store(room: Room, posts: Post[]): Promise<void> {
     const { config } = this.rooms;
-    const args = [logEpoch(room), `${config.history}`, idleSeconds(config)];
+    const args = [logEpoch(room), `${config.history}`, idleSeconds(config), `${room.last}`];
     for (const { sender, at, name, from, text, removes, key } of posts) {
       const whose = sender.visitor.role === "operator" ? "*" : (from ?? "");
       const rest = JSON.stringify({ at, name, from, text, removes, key }).slice(1);
       args.push(key ?? "", `${removes ?? ""}`, whose, rest);
     }
     const answers = (await this.#run(STORE_SCRIPT, room, args)) as Answer[] | null;
-    if (!answers) throw new Error(`the log of ${room} is another one`);
+    if (!answers) throw new Error(`${room} has a new epoch`);
     for (const [i, answer] of answers.entries()) {
-      if (typeof answer === "string") this.rooms.answer(posts[i] as Post, answer);
-      else if (answer < 0) this.rooms.answer(posts[i] as Post, -answer);
+      if (answer !== 0) this.rooms.answer(posts[i] as Post, answer);
     }
   }
 
-  /** A text came on a room's channel: from the store script, or from a server. @throws when it is no JSON */
-  async #hear(room: Room, text: string): Promise<void> {
-    const { epoch, messages, server, here, typing } = JSON.parse(text) as Partial<Heard> & Notice & { server?: string };
+  /** Takes a batch from the store script, or a notice from a server. Async only so that a throw becomes a rejection. */
+  async #onNotice(room: Room, text: string): Promise<void> {
+    const { epoch, messages, server, here, typing } = JSON.parse(text) as Partial<Batch> & Notice & { server?: string };
     if (epoch && messages) return this.#gatherer.add({ room, epoch, messages }, text.length);
     if (!server || server === this.#server) return;
     this.#alive.set(server, performance.now());
     if (typing) return this.rooms.publish(room, { type: "typing", name: typing });
     if (here) room.elsewhere.set(server, here);
-    else room.announced = ""; // it asks who is here
+    else room.sentToServers = ""; // it asks who is here
     this.rooms.presenceChanged(room);
   }
 
   /** Delivers what was heard of a room, if it is exactly what comes next. */
-  #deliver(room: Room, heard: Heard[]): void {
-    if (room.state === "opening") return void room.early.push(...heard);
+  #deliver(room: Room, batches: Batch[]): void {
+    if (room.state === "opening") return void room.heldBack.push(...batches);
     if (room.state === "closed") return;
     const next: Message[] = [];
-    for (const { epoch, messages } of heard) {
-      if (epoch !== logEpoch(room)) return this.rooms.lose(room, "Its log is another one"); // RULE 3
+    for (const { epoch, messages } of batches) {
+      if (epoch !== logEpoch(room)) return this.rooms.lose(room, "The log was replaced"); // RULE 3
       for (const message of messages) {
         const seq = room.last + next.length + 1;
-        if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was not heard`); // RULE 3
+        if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was missed`); // RULE 3
         if (message.seq === seq) next.push(message); // a lower one was read when the room was opened
         if (message.removes) room.removed.add(message.removes);
       }
     }
-    // RULE 1: no await since `last` was read.
-    room.last += next.length;
+    room.last += next.length; // RULE 1: no await from here to publish
     if (next.length > 0) this.rooms.deliver(room, next);
   }
 
@@ -1071,7 +1077,7 @@ class RedisBroker implements Broker {
     if (to < from) return [];
     const args = [logEpoch(room), `${from}`, `${to}`];
     const texts = (await this.#run(READ_SCRIPT, room, args)) as string[] | null;
-    if (!texts) throw new Error("it is another one");
+    if (!texts) throw new Error("it was replaced");
     const messages = newestThatFit(texts.map((text) => JSON.parse(text) as Message));
     // What was read may be older than a removal that was heard meanwhile.
     return messages.map((each) => (room.removed.has(each.seq) ? { ...each, text: "", removed: true } : each));
@@ -1084,7 +1090,7 @@ class RedisBroker implements Broker {
 
   async finish(): Promise<void> {
     const until = performance.now() + DRAIN_MS;
-    while (this.#rooms().some(({ isStoring }) => isStoring) && performance.now() < until) await Bun.sleep(GATHER_MS);
+    while (this.#storing.size > 0 && performance.now() < until) await Bun.sleep(GATHER_MS);
     await Bun.sleep(GATHER_MS); // to hear
     this.#gatherer.flush();
   }
@@ -1096,7 +1102,7 @@ class RedisBroker implements Broker {
 
   // ── The link ──
 
-  /** When a connection fails, replaces both, and loses every room. */
+  /** When a connection fails, replaces both, and loses the rooms of this Redis. */
   async #keepLink(tried: () => void): Promise<void> {
     for (let retry = RETRY_MS; !this.#isStopped; retry = Math.min(MAX_RETRY_MS, retry * 2)) {
       const link: Link = { commands: connectRedis(this.url), subscriber: connectRedis(this.url), run: "" };
@@ -1105,12 +1111,12 @@ class RedisBroker implements Broker {
       try {
         await this.#connect(link);
         this.#link = link;
-        this.rooms.works(this.name);
+        this.rooms.recovered(this.name);
         retry = RETRY_MS;
         tried();
         while (!this.#isStopped) {
           await this.#beat(link);
-          await sleep(HEARTBEAT_MS, undefined, fault);
+          await sleep(HEARTBEAT_MS, undefined, { signal: fault.signal });
         }
       } catch (error) {
         const { message } = fault.signal.aborted ? fault.signal.reason : error;
@@ -1119,7 +1125,7 @@ class RedisBroker implements Broker {
       this.#link = undefined;
       link.commands.close();
       link.subscriber.close();
-      for (const room of this.#rooms()) this.rooms.lose(room, "The store cannot be reached"); // RULE 3
+      for (const room of this.#ownRooms()) this.rooms.lose(room, "The store cannot be reached"); // RULE 3
       tried();
       if (!this.#isStopped) await Bun.sleep(retry);
     }
@@ -1145,11 +1151,11 @@ class RedisBroker implements Broker {
   /** Tells that this server is alive; checks whether Redis is the same, and who else is alive. */
   async #beat(link: Link): Promise<void> {
     await link.commands.publish(`${this.rooms.config.prefix}servers`, this.#server);
-    if ((await this.#readRun(link)) !== link.run) throw new Error("it has lost something, or is another one");
+    if ((await this.#readRun(link)) !== link.run) throw new Error("it was restarted, or its data was replaced");
     for (const [server, at] of this.#alive) {
       if (performance.now() - at < ALIVE_MS) continue;
       this.#alive.delete(server);
-      for (const room of this.#rooms()) if (room.elsewhere.delete(server)) this.rooms.presenceChanged(room);
+      for (const room of this.#ownRooms()) if (room.elsewhere.delete(server)) this.rooms.presenceChanged(room);
     }
   }
 
@@ -1180,18 +1186,15 @@ function homeOf(room: string, urls: readonly string[]): number {
 
 // ─── Out: deliver; who comes and goes ────────────────────────────────────────────────────────────────────────────────
 
-/** The part of a hello that is the same for every client; and the last seq in it. */
-type Hello = { last: number; json: string };
-
 /** The open rooms. */
 class Rooms {
   server!: Server; // set by `startChat`, as the next two
   inbox!: Inbox;
   brokerOf!: (room: string) => Broker;
-  readonly open = new Map<string, Room>(); // by name
-  readonly #hellos = new Map<Room, Promise<Hello>>(); // the newest of each room, made once for each change
+  readonly byName = new Map<string, Room>(); // the open ones
+  readonly #hellos = new Map<Room, Promise<string>>(); // of each room, without what differs between clients, as JSON
   readonly #failing = new Set<string>(); // stores and logs, as they were logged
-  readonly members = () => [...this.open.values()].flatMap(({ members }) => [...members]);
+  readonly members = () => [...this.byName.values()].flatMap(({ members }) => [...members]);
 
   constructor(
     readonly config: Config,
@@ -1200,9 +1203,9 @@ class Rooms {
 
   /** Sends stored messages to everyone in the room: in order, and without a gap. */
   deliver(room: Room, messages: Message[]): void {
-    // RULE 1: no await since the commit (Redis: the notification).
+    // RULE 1: no await since `room.last` was raised.
     this.#hellos.delete(room);
-    for (const missed of room.pendingJoins) missed.push(...messages);
+    for (const newer of room.pendingJoins) newer.push(...messages);
     if (this.server.subscriberCount(room.chatTopic) > 0) this.publish(room, { type: "messages", messages });
     if (this.server.subscriberCount(room.plainTopic) > 0) {
       for (const { text, removes } of messages) if (!removes) this.server.publish(room.plainTopic, text, false);
@@ -1222,9 +1225,9 @@ class Rooms {
 
   /** RULE 3: whoever is in the room comes back and resumes. */
   lose(room: Room, why: string): void {
+    room.waiting = []; // their senders send them again
     if (room.state === "closed") return;
     this.#close(room);
-    room.waiting = []; // their senders send them again
     for (const member of room.members) {
       if (member.state !== "gone") member.state = "refused";
       member.ws.close(CLOSE.tryAgain, `${why}: reconnect.`);
@@ -1232,7 +1235,7 @@ class Rooms {
   }
 
   /** A log cannot be read. */
-  unreadable(room: Room, { message }: Error): void {
+  readFailed(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
     if (!this.#failing.has(room.broker.name)) this.failed(`The log of ${room}`, message);
     this.lose(room, "The store cannot be reached"); // RULE 3
@@ -1245,15 +1248,15 @@ class Rooms {
     dropOldest(this.#failing, MAX_BUCKETS);
   }
 
-  works(store: string): void {
-    if (this.#failing.delete(store)) this.log("error", `${store} can be used again.`);
+  recovered(what: string): void {
+    if (this.#failing.delete(what)) this.log("error", `${what} can be used again.`);
   }
 
   #close(room: Room): void {
     room.state = "closed";
     clearTimeout(room.presenceTimer);
     this.#hellos.delete(room);
-    this.open.delete(room.name);
+    this.byName.delete(room.name);
     room.broker.close?.(room);
   }
 
@@ -1264,10 +1267,10 @@ class Rooms {
     const member = ws.data;
     if (member.state === "refused") return ws.close(CLOSE.login, "A password is needed.");
     const { visitor } = member;
-    let room = this.open.get(visitor.roomName);
+    let room = this.byName.get(visitor.roomName);
     if (!room) {
       room = new Room(visitor.roomName, this.brokerOf(visitor.roomName));
-      this.open.set(visitor.roomName, room);
+      this.byName.set(visitor.roomName, room);
       room.opened = room.broker.open(room);
     }
     member.ws = ws;
@@ -1275,48 +1278,25 @@ class Rooms {
     room.members.add(member);
     const hello = visitor.isChat && !visitor.resume && this.#hellos.get(room);
     // A hello that is ready leaves in one packet with the handshake.
-    if (hello && Bun.peek.status(hello) === "fulfilled") this.#admit(member, Bun.peek(hello) as Hello);
-    else this.#join(member, room).catch((error: Error) => this.unreadable(room, error));
+    if (hello && Bun.peek.status(hello) === "fulfilled") this.#admit(member, Bun.peek(hello) as string);
+    else this.#join(member, room).catch((error: Error) => this.readFailed(room, error));
   }
 
   /** Reads what a member needs first, then lets it in. */
   async #join(member: Member, room: Room): Promise<void> {
     const { visitor } = member;
     await room.opened;
-    const missed: Message[] = [];
-    room.pendingJoins.add(missed);
+    const newer: Message[] = [];
+    room.pendingJoins.add(newer); // in the same tick as the hello reads `last`
     const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
-    room.pendingJoins.delete(missed);
-    this.#failing.delete(`The log of ${room}`);
-    this.#admit(member, hello, missed);
-  }
-
-  /** Sends the hello, and what was delivered since it was made; from now on the member gets every message. */
-  #admit(member: Member, hello: Hello | undefined, missed: Message[] = []): void {
-    const { ws, room, visitor } = member;
-    // RULE 2: no await from here to `subscribe`.
-    if (member.state === "joining") {
-      if (hello) {
-        const role = this.config.operator === "" ? undefined : visitor.role;
-        const own = JSON.stringify({ type: "hello", you: visitor.from, role });
-        ws.send(`${own.slice(0, -1)},${hello.json.slice(1)}`);
-        const messages = missed.filter(({ seq }) => seq > hello.last);
-        if (messages.length > 0) ws.send(encode({ type: "messages", messages }));
-      }
-      ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
-      member.state = "here";
-      // The new member has not seen it.
-      room.presence = "";
-      this.presenceChanged(room);
-      this.log("info", `${visitor.address} joined ${room} (${member.name}, ${visitor.from ?? "no id"})`);
-    }
-    this.inbox.drain(member);
-    if (member.state === "gone") this.#release(member);
+    room.pendingJoins.delete(newer);
+    this.recovered(`The log of ${room}`);
+    this.#admit(member, hello, newer);
   }
 
   /** The hello with what a client missed, if it can resume; else the newest page. */
-  async #hello(room: Room, resume: Visitor["resume"]): Promise<Hello> {
-    const from = resume?.epoch === room.epoch ? resume.after + 1 : 0;
+  async #hello(room: Room, resume: Visitor["resume"]): Promise<string> {
+    const from = resume?.epoch === room.epoch ? resume.after + 1 : 0; // 0: cannot resume
     const count = room.last - from + 1;
     const canResume = from >= firstKept(room, this.config) && count >= 0 && count <= RESUME_MESSAGES;
     if (canResume) return this.#makeHello(room, from, true);
@@ -1330,15 +1310,37 @@ class Rooms {
     return newest;
   }
 
-  async #makeHello(room: Room, from: number, isResume: boolean): Promise<Hello> {
+  async #makeHello(room: Room, from: number, isResume: boolean): Promise<string> {
     const { epoch, last } = room;
     const first = firstKept(room, this.config);
     const messages = await room.broker.read(room, from, last);
-    // Else they are more than fit.
+    // Else they did not all fit.
     const resumed = isResume && messages.length === last - from + 1;
     if (!resumed) messages.splice(0, messages.length - PAGE_MESSAGES);
     const limits = { text: MAX_TEXT, name: MAX_NAME };
-    return { last, json: JSON.stringify({ epoch, first, last, resumed, messages, limits }) };
+    return JSON.stringify({ epoch, first, last, resumed, messages, limits });
+  }
+
+  /** Sends the hello, and what was delivered since it was made; from now on the member gets every message. */
+  #admit(member: Member, hello: string | undefined, newer: Message[] = []): void {
+    const { ws, room, visitor } = member;
+    // RULE 2: no await from here to `subscribe`.
+    if (member.state === "joining") {
+      if (hello) {
+        const role = this.config.operator === "" ? undefined : visitor.role;
+        const own = JSON.stringify({ type: "hello", you: visitor.from, role });
+        ws.send(`${own.slice(0, -1)},${hello.slice(1)}`);
+        if (newer.length > 0) ws.send(encode({ type: "messages", messages: newer }));
+      }
+      ws.subscribe(visitor.isChat ? room.chatTopic : room.plainTopic);
+      member.state = "here";
+      // The new member has not seen it.
+      room.sentToClients = "";
+      this.presenceChanged(room);
+      this.log("info", `${visitor.address} joined ${room} (${member.name}, ${visitor.from ?? "no id"})`);
+    }
+    this.inbox.drain(member);
+    if (member.state === "gone") this.#release(member);
   }
 
   /** A socket closed. What it sent within its rate is stored; the rest of its queue is dropped. */
@@ -1346,15 +1348,15 @@ class Rooms {
     const member = ws.data;
     const { room, state } = member;
     if (!room) return; // it never entered
-    clearTimeout(member.draining);
+    clearTimeout(member.drainTimer);
     member.state = "gone";
     if (state === "joining") return; // what it sent is stored when the room is open
-    member.queue = []; // its token bucket outlives it
+    member.queue = []; // its token bucket still refers to it
     if (state === "here") this.log("info", `${member.visitor.address} left ${room} (${code})`);
     this.#release(member);
   }
 
-  /** Nothing of a member is left to do. The last member closes the room. */
+  /** Removes a member that is done. The last one closes the room. */
   #release(member: Member): void {
     const { room } = member;
     room.members.delete(member);
@@ -1376,16 +1378,15 @@ class Rooms {
     room.presenceAt = performance.now();
     const here = whoIsHere(room);
     const announced = JSON.stringify(here);
-    if (announced !== room.announced) room.broker.tell?.(room, { here });
-    room.announced = announced;
+    if (announced !== room.sentToServers) room.broker.tell?.(room, { here });
+    room.sentToServers = announced;
     const all = [here, ...room.elsewhere.values()];
     const count = new Set(all.flatMap(({ ids }) => ids)).size + all.reduce((sum, { nameless }) => sum + nameless, 0);
     const people = new Map(all.flatMap((each) => each.people).map((person) => [person.from ?? person, person]));
-    const presence = { count, people: [...people.values()].slice(0, PRESENCE_PEOPLE) };
-    const json = JSON.stringify(presence);
-    if (json === room.presence) return;
-    room.presence = json;
-    this.publish(room, { type: "presence", ...presence });
+    const presence = encode({ type: "presence", count, people: [...people.values()].slice(0, PRESENCE_PEOPLE) });
+    if (presence === room.sentToClients) return;
+    room.sentToClients = presence;
+    this.server.publish(room.chatTopic, presence, false);
   }
 
   // ── Dead peers ──
@@ -1464,12 +1465,12 @@ function idOf(request: Request, room: string): string | undefined {
   return cookie && sha256(`${cookie}\n${room}`, "base64url").slice(0, 12);
 }
 
-/** The key, made slowly, signs sessions: a stolen one is no quick way to the password. The cookie is named after it. */
+/** The key signs sessions; it is slow to derive, so that a stolen session hardly helps to guess the password. */
 type Password = { role: Role; password: string; key: Buffer; cookie: string };
 
 /**
  * Lets in who has the password: by a session cookie, which `login` gives, or `Authorization: Bearer`. The cookie holds
- * its end, signed; nothing is stored, and a new password ends it.
+ * its expiry time, signed; nothing is stored, and a new password ends it.
  */
 class Access {
   readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
@@ -1567,7 +1568,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   const sweeping = setInterval(() => {
     rooms.checkSilence();
     for (const buckets of [inbox.senders, inbox.addresses, access.wrong]) buckets.forgetFull();
-  }, config.silenceSeconds * 100);
+  }, config.silenceSeconds * 100); // ms: a tenth of it
   const stop = async () => {
     const closed = rooms.server.stop(); // accepts no more; its sockets live on
     inbox.isStopping = true;
@@ -1588,7 +1589,7 @@ function makeHandlers(rooms: Rooms, access: Access) {
   const { config, log } = rooms;
   // bun-types takes every .html import for a bundle.
   const page = makePage(pageSource as unknown as string, config);
-  const isHeard = (ws: Socket) => void (ws.data.heardAt = performance.now());
+  const touch = (ws: Socket) => void (ws.data.heardAt = performance.now());
   return {
     fetch: (request: Request, server: Server) => {
       const url = URL.parse(request.url);
@@ -1607,8 +1608,8 @@ function makeHandlers(rooms: Rooms, access: Access) {
       perMessageDeflate: false, // it costs more time than it saves, and each socket a window
       open: (ws: Socket) => rooms.enter(ws),
       message: (ws: Socket, data: string | Buffer) => rooms.inbox.receive(ws, data),
-      ping: isHeard,
-      pong: isHeard,
+      ping: touch,
+      pong: touch,
       close: (ws: Socket, code: number) => rooms.leave(ws, code),
       error: (error: Error, ws: Socket | undefined) => {
         log("error", `A connection failed: ${error.stack}`);
@@ -1627,9 +1628,10 @@ function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Serv
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
   } catch (error) {
-    if (host === "") return listen({ ...config, host: "0.0.0.0" }, handlers); // a machine without IPv6
+    const { code, message } = error as { code?: string; message: string };
+    if (host === "" && code !== "EADDRINUSE") return listen({ ...config, host: "0.0.0.0" }, handlers); // no IPv6
     const files = tls && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey} `;
-    throw new StartError(`${files ?? ""}HOST=${host} PORT=${port}: cannot listen: ${(error as Error).message}`);
+    throw new StartError(`${files ?? ""}HOST=${host} PORT=${port}: cannot listen: ${message}`);
   }
 }
 
@@ -1648,7 +1650,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   }
   const offered = headers.get("sec-websocket-protocol");
   const isChat = offered !== null && splitList(offered).includes("chat.v1");
-  if (offered !== null && !isChat) return refuse(400, "The subprotocol is chat.v1, or none.");
+  if (offered !== null && !isChat) return refuse(400, "The only subprotocol is chat.v1.");
   const role = access.check(request, server);
   const isRefused = role instanceof Response;
   // A page cannot see why a handshake is refused. So a browser is let in, and told by the Close frame.
@@ -1663,10 +1665,10 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   const visitor = { roomName, address, network, isChat, from, role: isRefused ? "guest" : role, resume } as const;
   const data = new Member(name, visitor);
   if (isRefused) data.state = "refused";
-  // A browser that offers a subprotocol fails when it is answered none: the WHATWG WebSockets standard.
+  // A browser that offers a subprotocol fails when the answer names none: the WHATWG WebSockets standard.
   const chosen: Record<string, string> = isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {};
   if (server.upgrade(request, { data, headers: chosen })) return undefined;
-  return refuse(400, "The WebSocket handshake is not complete.");
+  return refuse(400, "The WebSocket handshake is incomplete.");
 }
 
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
@@ -1691,8 +1693,7 @@ function makePage(html: string, config: Config): (request: Request) => Response 
   };
   return (request) => {
     const { method, headers: wanted } = request;
-    const isGet = method === "GET" || method === "HEAD";
-    if (!isGet) return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
+    if (!/^(GET|HEAD)$/.test(method)) return refuse(405, "Only GET and HEAD are supported.", { Allow: "GET, HEAD" });
     const headers = new Headers(fixed);
     if (!cookieOf(request, IDENTITY_COOKIE)) headers.set("Set-Cookie", setCookie(newIdentity(), request, config));
     if (wanted.get("if-none-match")?.includes(etag.slice(2))) return new Response(null, { status: 304, headers });
@@ -1734,7 +1735,7 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
   const match = `${config.prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}state:*`;
   const rooms = new Set<string>();
   for (let cursor = ""; cursor !== "0";) {
-    const scan = [cursor || "0", "MATCH", match, "COUNT", `${STEP_MESSAGES}`];
+    const scan = [cursor || "0", "MATCH", match, "COUNT", `${CHUNK_MESSAGES}`];
     const [next, keys] = (await redis.send("SCAN", scan)) as [string, string[]];
     for (const key of keys) rooms.add(key.slice(`${config.prefix}state:`.length));
     cursor = next;
@@ -1756,11 +1757,10 @@ function readExport(text: string): Map<string, Line[]> {
     if (json === "") continue;
     try {
       const line = checkedLine(JSON.parse(json) ?? {});
-      const lines = rooms.get(line.room) ?? [];
+      const lines = rooms.getOrInsert(line.room, []);
       const last = lines.at(-1);
       if (last && last.seq + 1 !== line.seq) throw new Error("it does not follow the one before");
       lines.push(line);
-      rooms.set(line.room, lines);
     } catch (error) {
       throw new StartError(`Line ${i + 1}: ${(error as Error).message}. Nothing was imported.`);
     }
@@ -1832,11 +1832,11 @@ async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<
   const refused: string[] = [];
   const connections = config.redisUrls.map((url) => connectRedis(url, 0));
   for (const [name, lines] of rooms) {
-    const keys = roomKeys(config, name);
     const head = [randomHex(64), `${lines.at(-1)?.seq}`, idleSeconds(config)];
-    const messages = lines.flatMap(({ room, ...line }) => [`${line.seq}`, line.key ?? "", JSON.stringify(line)]);
+    const rest = lines.flatMap(({ room, ...line }) => [`${line.seq}`, line.key ?? "", JSON.stringify(line)]);
     const redis = connections[homeOf(name, config.redisUrls)] as Bun.RedisClient;
-    if (!(await redis.send("EVAL", [IMPORT_SCRIPT, "3", ...keys, ...head, ...messages]))) refused.push(name);
+    if (!(await redis.send("EVAL", [IMPORT_SCRIPT, "3", ...roomKeys(config, name), ...head, ...rest])))
+      refused.push(name);
   }
   for (const redis of connections) redis.close();
   return refused;
@@ -1853,7 +1853,7 @@ export async function main([command, ...rest]: string[]): Promise<void> {
     const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
     const refused = await importMessages(readConfig(process.env), text);
     if (refused.length === 0) return console.error("Imported.");
-    throw new StartError(`Not imported, as these rooms are there already: ${JSON.stringify(refused)}.`);
+    throw new StartError(`Not imported, as these rooms already exist: ${JSON.stringify(refused)}.`);
   }
   throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
 }
@@ -1865,7 +1865,7 @@ function help(): string {
   return `A chat server in one file: start it, and open the address it prints.
 
   bun run server.ts                      serves the chat
-  bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, a JSON object in each line
+  bun run server.ts export > chat.jsonl  writes the kept messages of all rooms, one JSON object per line
   bun run server.ts import [chat.jsonl]  imports them; rooms that exist are refused
 
 Settings are environment variables, or lines of a file .env:
@@ -1877,7 +1877,7 @@ async function printExport(config: Config): Promise<void> {
   let count = 0;
   for await (const line of exportMessages(config)) {
     out.write(`${JSON.stringify(line)}\n`);
-    if (++count % STEP_MESSAGES === 0) await out.flush();
+    if (++count % CHUNK_MESSAGES === 0) await out.flush();
   }
   await out.flush();
   console.error(`${count} messages exported.`);
@@ -1893,8 +1893,8 @@ async function serve(config: Config): Promise<void> {
 if (import.meta.main) {
   main(Bun.argv.slice(2)).catch((error: unknown) => {
     // Operator errors get one line, bugs a stack trace.
-    const isOperators = error instanceof StartError || (error instanceof Error && "code" in error);
-    console.error(isOperators ? error.message : error);
+    const isOperatorError = error instanceof StartError || (error instanceof Error && "code" in error);
+    console.error(isOperatorError ? error.message : error);
     process.exit(1);
   });
 }
