@@ -1668,7 +1668,7 @@ describe("the SQLite store", () => {
     const bad = [text, join(FOLDER, "no", "folder"), FOLDER];
     for (const db of [...bad, used, link, join(FOLDER, "x", "..", basename(used)), later]) {
       const { code, said } = await run({ CHAT_DB: db });
-      const line = /^CHAT_DB=.+: the database cannot be opened and written: .+\n$/;
+      const line = /^CHAT_DB=.+: the database cannot be opened for writing: .+\n$/;
       expect([code, said]).toEqual([1, expect.stringMatching(line)]);
       expect(said.includes("is a second server running?")).toBe(!bad.includes(db));
     }
@@ -2605,7 +2605,7 @@ describe("export and import", () => {
       expect(await exported(config)).toHaveLength(2);
       const file = newFile();
       await Bun.write(file, JSON.stringify(line));
-      const said = 'Not imported, as these rooms already exist: [""].\n';
+      const said = 'These rooms already exist, and only the others were imported: [""].\n';
       expect(await run(env, ["import", file])).toEqual({ code: 1, out: "", said });
       if (name === "Redis") continue;
       await start(config);

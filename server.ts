@@ -244,7 +244,7 @@ const SETTINGS = {
   proxies: ["CHAT_PROXIES", "0", wholeNumber(0, 10), "proxies in front, trusted to add X-Forwarded-For"],
   history: ["CHAT_HISTORY", "10000", wholeNumber(1, 10_000_000), "messages kept in each room"],
   idleDays: ["CHAT_IDLE_DAYS", "30", wholeNumber(0, 36_500), "days until an unused room is forgotten; 0: never"],
-  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second of a connection; 0: no limit"],
+  rate: ["CHAT_RATE", "20", wholeNumber(0, 1_000_000), "frames a second from each connection; 0: no limit"],
   tlsCert: ["TLS_CERT", "", String, "PEM file of a certificate: serves https and wss"],
   tlsKey: ["TLS_KEY", "", String, "PEM file of its key"],
   reusePort: ["REUSE_PORT", "0", oneOf("0", "1"), "1: several servers on one port (Linux, with Redis)"],
@@ -274,7 +274,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
   const unknown = Object.keys(env).find((name) => name.startsWith("CHAT_") && !known.includes(name));
   if (unknown) throw new StartError(`${unknown}: no such setting; --help lists them.`);
   const config: Config = { ...Object.fromEntries(entries), silenceSeconds: 50, expireMs: DAY_SECONDS * 1000 };
-  if (!config.tlsCert !== !config.tlsKey) throw new StartError("TLS_CERT and TLS_KEY: must be set both, or neither.");
+  if (!config.tlsCert !== !config.tlsKey) throw new StartError("TLS_CERT and TLS_KEY: set both, or neither.");
   if (config.operator !== "" && config.operator === config.password) {
     throw new StartError("CHAT_OPERATOR: must differ from CHAT_PASSWORD, or everyone is the operator.");
   }
@@ -829,7 +829,7 @@ function openLocked({ db: path, sync }: Config): { db: Database; close: (hasRemo
     lock?.close();
     const isLocked = (error as { code?: string }).code === "SQLITE_BUSY";
     const why = isLocked ? "another process holds it; is a second server running?" : `${(error as Error).message}.`;
-    throw new StartError(`CHAT_DB=${path}: the database cannot be opened and written: ${why}`);
+    throw new StartError(`CHAT_DB=${path}: the database cannot be opened for writing: ${why}`);
   }
 }
 
@@ -1623,7 +1623,7 @@ function makeHandlers(rooms: Rooms, access: Access) {
 function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
-  const reusePort = config.reusePort === "1"; // always set: Bun's default is true when `development` is false
+  const reusePort = config.reusePort === "1" && config.redisUrls.length > 0; // set, as Bun's default is true
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
     return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
@@ -1853,7 +1853,7 @@ export async function main([command, ...rest]: string[]): Promise<void> {
     const text = await (rest[0] === undefined ? Bun.stdin : Bun.file(rest[0])).text();
     const refused = await importMessages(readConfig(process.env), text);
     if (refused.length === 0) return console.error("Imported.");
-    throw new StartError(`Not imported, as these rooms already exist: ${JSON.stringify(refused)}.`);
+    throw new StartError(`These rooms already exist, and only the others were imported: ${JSON.stringify(refused)}.`);
   }
   throw new StartError(`${[command, ...rest].join(" ")}: no such command; --help lists them.`);
 }
