@@ -432,8 +432,8 @@ class Inbox {
     if (typeof data !== "string") return ws.close(CLOSE.binary, "Only text frames are accepted.");
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
     // A ping now and then passes the queue, or a slowed client would take its connection for dead.
-    const isFirst = frame.type === "ping" && member.heardAt - member.pongedAt >= PONG_MS;
-    if (!isFirst || member.state !== "here") return this.pace(member, frame, data.length);
+    const passes = frame.type === "ping" && member.heardAt - member.pongedAt >= PONG_MS;
+    if (!passes || member.state !== "here") return this.pace(member, frame, data.length);
     member.pongedAt = member.heardAt;
     ws.send(PONG);
   }
