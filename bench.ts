@@ -381,10 +381,10 @@ async function fillStore(messages: number): Promise<Env> {
   const path = newPath("messages.jsonl");
   const lines = Bun.file(path).writer();
   const start = Date.now() - messages; // the newest just now: old rooms may be forgotten
-  const log = { room: `${FILLED}0`, epoch: "0123456789abcdef" };
+  const room = `${FILLED}0`;
   for (let seq = 1; seq <= messages; seq++) {
     const message = { seq, at: start + seq, name: `Person${padded(seq % 100, 5)}`, key: padded(++serial, 18) };
-    lines.write(`${JSON.stringify({ ...log, ...message, text: padded(seq, 128) })}\n`);
+    lines.write(`${JSON.stringify({ room, ...message, text: padded(seq, 128) })}\n`);
     if (seq % 10_000 === 0) await lines.flush();
   }
   await lines.end();
