@@ -88,12 +88,10 @@ function newPath(name: string): string {
 
 function killAll(): void {
   for (const child of [...children].reverse()) child.kill("SIGKILL"); // a server before its Redis, or it complains
-  children.clear();
 }
 
 function run(command: string[], env: Env = {}, stdout?: Bun.BunFile): Bun.Subprocess {
-  const { PATH = "" } = process.env;
-  const all: Env = { PATH, PORT: "0", CHAT_RATE: "0", CHAT_SYNC: "normal", ...env };
+  const all: Env = { PATH: process.env.PATH!, PORT: "0", CHAT_RATE: "0", CHAT_SYNC: "normal", ...env };
   const child = Bun.spawn(command, { cwd: import.meta.dir, env: all, stdout });
   children.add(child);
   return child;
@@ -103,6 +101,7 @@ function run(command: string[], env: Env = {}, stdout?: Bun.BunFile): Bun.Subpro
 class Target {
   port = 0;
   readonly #processes: Bun.Subprocess[] = [];
+  readonly #threads = new Map<string, number>(); // CPU time, also of those that have ended
 
   /** Starts a process and waits until it has printed its URL. */
   async start(command: string[], env?: Env): Promise<this> {
@@ -117,15 +116,17 @@ class Target {
 
   /** CPU time used so far by all threads, user and system, in microseconds. */
   cpu(): number {
-    const threads = this.#processes.flatMap(({ pid }) =>
-      readdirSync(`/proc/${pid}/task`).map((thread) => readFileSync(`/proc/${pid}/task/${thread}/schedstat`, "utf8")),
-    );
-    return threads.reduce((sum, stat) => sum + Number(stat.split(" ")[0]) / 1000, 0);
+    const tasks = this.#processes.map(({ pid }) => `/proc/${pid}/task`);
+    for (const thread of tasks.flatMap((task) => readdirSync(task).map((id) => `${task}/${id}/schedstat`))) {
+      this.#threads.set(thread, Number(readFileSync(thread, "utf8").split(" ")[0]) / 1000);
+    }
+    return [...this.#threads.values()].reduce((sum, each) => sum + each, 0);
   }
 
-  /** Resident memory of its one process, in bytes. */
-  memory(): number {
-    return Number(readFileSync(`/proc/${this.#processes[0]?.pid}/statm`, "utf8").split(" ")[1]) * 4096;
+  /** Memory of its one process, in bytes: resident, and of it what is no page of a file, as Bun's executable is. */
+  memory(): { resident: number; own: number } {
+    const [, resident = 0, shared = 0] = readFileSync(`/proc/${this.#processes[0]?.pid}/statm`, "utf8").split(" ");
+    return { resident: Number(resident) * 4096, own: (Number(resident) - Number(shared)) * 4096 };
   }
 
   /** Stops the processes; SIGKILL, because how they stop is not measured here. */
@@ -137,9 +138,7 @@ class Target {
   }
 }
 
-function startFloor(): Promise<Target> {
-  return new Target().start(["bun", "-e", `(${floor})()`]);
-}
+const startFloor = () => new Target().start(["bun", "-e", `(${floor})()`]);
 
 /** Starts the chat on a store; several servers share one port. */
 async function startChat(env: Env, servers = 1): Promise<Target> {
@@ -447,10 +446,10 @@ async function warmUp(target: Target, chat: boolean): Promise<void> {
 
 type Figures = Record<string, number>;
 
-/** Runs measurements in turns, several times, and returns each one's results. */
-async function interleave<T extends Figures>(measurements: (() => Promise<T>)[]): Promise<T[][]> {
+/** Runs measurements in turns, several times, short ones more often, and returns each one's results. */
+async function interleave<T extends Figures>(measurements: (() => Promise<T>)[], times = 1): Promise<T[][]> {
   const results: T[][] = measurements.map(() => []);
-  for (let i = 0; i < Number(options.rounds); i++) {
+  for (let i = 0; i < times * Number(options.rounds); i++) {
     for (const [j, measure] of measurements.entries()) results[j]?.push(await measure());
   }
   return results;
@@ -496,25 +495,28 @@ async function talk({ targets, ...load }: (typeof LOADS)[string]): Promise<void>
   }
 }
 
-/** What one more idle connection takes: CPU until it has joined, and memory. */
+/** What idle connections take, the first and those that come later: CPU until they have joined, and memory. */
 async function idle(): Promise<void> {
-  const grow = (start: () => Promise<Target>, chat: boolean) => async () => {
-    const target = await start(); // no warm-up: what it leaves to the garbage collector would hide what connections take
-    await Bun.sleep(SETTLE_MS);
-    const before = target.memory();
-    let clients: Client[] = [];
-    const cpu = await cpuOf(target, 1, async () => (clients = await gather(target, chat, MANY, "idle")));
-    await Bun.sleep(SETTLE_MS);
-    check(clients);
-    const bytes = (target.memory() - before) / MANY.clients;
+  const grow = (chat: boolean) => async () => {
+    const target = await (chat ? startChat(await newStore()) : startFloor());
+    // No warm-up: what it leaves to the garbage collector would hide what connections take.
+    const join = async (room: string) => {
+      await Bun.sleep(SETTLE_MS);
+      const before = target.memory();
+      const cpu = await cpuOf(target, 1, async () => check(await gather(target, chat, MANY, room)));
+      await Bun.sleep(SETTLE_MS);
+      const after = target.memory();
+      return [cpu, after.resident - before.resident, after.own - before.own].map((sum) => sum / MANY.clients);
+    };
+    const [cpu = NaN, resident = NaN, own = NaN] = await join("idle");
+    const [, more = NaN] = await join("more");
     await target.stop();
-    return { cpu: cpu / MANY.clients, bytes };
+    return { cpu, resident, own, more };
   };
-  const [base, chats = []] = await interleave([
-    grow(startFloor, false),
-    grow(async () => startChat(await newStore()), true),
-  ]);
-  print(`an idle chat.v1 connection, ${short(MANY.clients)} in a room`, "B", "bytes", chats, { base, most: 3500 });
+  const [base, chats = []] = await interleave([grow(false), grow(true)]);
+  print("an idle chat.v1 connection, 5,000 in a room", "B", "resident", chats, { base, most: 3500 });
+  print("of it, without pages of Bun's executable", "B", "own", chats, { base });
+  print("each of 5,000 more", "B", "more", chats, { base });
   print("a connect with its join", "µs", "cpu", chats, { base, most: 70 });
 }
 
@@ -538,7 +540,7 @@ async function history(): Promise<void> {
   print(`start to first page, wall, ${kept}`, "ms", "start", old, { base: fresh, most: 150 });
   print(`first post, wall: longest wait of others`, "ms", "wait", old, { base: fresh, most: 20 });
   print(`${short(MANY.clients)} come back, each missed 100`, "s", "comeBack", old, { base: fresh, most: 3 });
-  const [few = [], many = []] = await interleave(await Promise.all(stores.map(peopleIn)));
+  const [few = [], many = []] = await interleave(await Promise.all(stores.map(peopleIn)), 5);
   for (const key of ["post", "join", "page", "removal"] as const) {
     print(`${key}, ${kept}`, "µs", key, many, { base: few, ratio: 1.1 });
   }
@@ -603,7 +605,7 @@ async function manyRooms(): Promise<void> {
     await Bun.sleep(SETTLE_MS);
     return () => round(target, clients, load);
   };
-  const [chats = [], base] = await interleave([await prepare(5000), await prepare(1)]);
+  const [chats = [], base] = await interleave([await prepare(5000), await prepare(1)], 5);
   print("5,000 rooms of two against one, 125 messages/s in all", "µs", "cpu", chats, { base, ratio: 1.3 });
 }
 
