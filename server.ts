@@ -849,8 +849,8 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   // 16 MB, in pages: one that is rewritten often is copied less often.
   db.run("PRAGMA wal_autocheckpoint = 4000");
   db.run(`PRAGMA synchronous = ${sync}`);
-  // What was taken back is overwritten, not only unlinked.
-  db.run("PRAGMA secure_delete = ON");
+  db.run("PRAGMA cache_size = -32000"); // KiB: history that many read stays in memory
+  db.run("PRAGMA secure_delete = ON"); // removed texts are overwritten, not only unlinked
   db.run("CREATE TABLE IF NOT EXISTS rooms (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, epoch TEXT NOT NULL)");
   db.run(`CREATE TABLE IF NOT EXISTS messages (
     room INTEGER NOT NULL, seq INTEGER NOT NULL, at INTEGER NOT NULL, name TEXT NOT NULL, key TEXT, text TEXT NOT NULL,
