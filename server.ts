@@ -292,8 +292,7 @@ function makeLogger(upTo: Config["logLevel"]): Logger {
     // A terminal obeys some characters.
     const escape = (character: string) => `\\u{${character.codePointAt(0)?.toString(16)}}`;
     const seen = line.replace(/(?!\n)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escape);
-    if (level === "error") console.error(seen);
-    else console.log(seen);
+    (level === "error" ? console.error : console.log)(seen);
   };
 }
 
@@ -504,8 +503,7 @@ class Inbox {
   /** Hands a post to the broker, or the removal of a message. */
   #post({ room, ws, name, visitor }: Member, key: string, text: string, removes?: number): ErrorFrame | undefined {
     const { isChat, from } = visitor;
-    if (isTooLong(text) && !isChat) return void ws.close(CLOSE.tooBig, ERRORS["too-long"]);
-    if (isTooLong(text)) return errorFrame("too-long", key);
+    if (isTooLong(text)) return isChat ? errorFrame("too-long", key) : void ws.close(CLOSE.tooBig, ERRORS["too-long"]);
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
     if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
     // A lone surrogate has no UTF-8: replaced now, it looks the same live and later.
@@ -846,8 +844,6 @@ function openDatabase(path: string, sync: Config["sync"]): Database {
   const db = new Database(path, { create: true, readwrite: true, strict: true });
   db.run("PRAGMA busy_timeout = 500");
   db.run("PRAGMA journal_mode = WAL");
-  // 16 MB, in pages: one that is rewritten often is copied less often.
-  db.run("PRAGMA wal_autocheckpoint = 4000");
   db.run(`PRAGMA synchronous = ${sync}`);
   db.run("PRAGMA cache_size = -32000"); // KiB: history that many read stays in memory
   db.run("PRAGMA secure_delete = ON"); // removed texts are overwritten, not only unlinked
@@ -1246,7 +1242,7 @@ class Rooms {
   /** A log cannot be read. */
   readFailed(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
-    if (!this.#failing.has(room.broker.name)) this.failed(`The log of ${room}`, message);
+    if (!this.#failing.has(room.broker.name)) this.failed(`${room}`, message);
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
@@ -1285,9 +1281,9 @@ class Rooms {
     member.ws = ws;
     member.room = room;
     room.members.add(member);
-    const hello = visitor.isChat && !visitor.resume && this.#hellos.get(room);
-    // A hello that is ready leaves in one packet with the handshake.
-    if (hello && Bun.peek.status(hello) === "fulfilled") this.#admit(member, Bun.peek(hello) as string);
+    const hello = visitor.isChat && !visitor.resume && Bun.peek(this.#hellos.get(room));
+    // One that is ready leaves in one packet with the handshake.
+    if (typeof hello === "string") this.#admit(member, hello);
     else this.#join(member, room).catch((error: Error) => this.readFailed(room, error));
   }
 
@@ -1299,7 +1295,7 @@ class Rooms {
     room.pendingJoins.add(newer); // in the same tick as the hello reads `last`
     const hello = visitor.isChat ? await this.#hello(room, visitor.resume) : undefined;
     room.pendingJoins.delete(newer);
-    this.recovered(`The log of ${room}`);
+    this.recovered(`${room}`);
     this.#admit(member, hello, newer);
   }
 
@@ -1654,9 +1650,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   }
   if (!originAllowed(headers, access.config.origins)) return refuse(403, "This page's origin is not in CHAT_ORIGINS.");
   const roomName = roomOf(url.pathname.slice("/ws/".length));
-  if (roomName === undefined) {
-    return refuse(400, `A room's name has at most ${MAX_ROOM} characters, no control characters, and is valid UTF-8.`);
-  }
+  if (roomName === undefined) return refuse(400, `A room has at most ${MAX_ROOM} characters, no control characters.`);
   const offered = headers.get("sec-websocket-protocol");
   const isChat = offered !== null && splitList(offered).includes("chat.v1");
   if (offered !== null && !isChat) return refuse(400, "The only subprotocol is chat.v1.");
@@ -1681,8 +1675,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
 }
 
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
-  const type = "text/plain; charset=utf-8";
-  return new Response(`${sentence}\n`, { status, headers: { "Content-Type": type, ...headers } });
+  return new Response(`${sentence}\n`, { status, headers });
 }
 
 /** Answers with the page, whose headers and compressed form are made once. */
@@ -1753,8 +1746,7 @@ async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
     const home = config.redisUrls[homeOf(room, config.redisUrls)] as string;
     if (home !== url) console.error(`Room "${room}" belongs on ${withoutPassword(home)}: an import moves it there.`);
     const range = [roomKeys(config, room)[1], `${-config.history}`, "-1"];
-    const texts = (await redis.send("LRANGE", range)) as string[];
-    for (const text of texts) yield { room, ...(JSON.parse(text) as Message) };
+    for (const text of (await redis.send("LRANGE", range)) as string[]) yield { room, ...JSON.parse(text) };
   }
   redis.close();
 }
