@@ -793,10 +793,11 @@ class SqliteBroker implements Broker {
     const nextIdle = this.#db.query<{ id: number; name: string }, [number, number]>(NEXT_IDLE);
     const cutoff = Date.now() - this.rooms.config.idleDays * DAY_SECONDS * 1000;
     try {
-      for (let id = 0, room; (room = nextIdle.get(id, cutoff)); await Bun.sleep(GATHER_MS)) {
+      for (let id = 0; ; await Bun.sleep(GATHER_MS)) {
+        this.#gatherer.flush(); // a client that has just left may have posted
+        const room = nextIdle.get(id, cutoff);
+        if (!room) return;
         id = room.id;
-        // A client that has just left may have posted.
-        this.#gatherer.flush();
         if (this.rooms.byName.has(room.name) || this.#loading.has(room.name)) continue;
         const forget = () => {
           this.#db.run("DELETE FROM messages WHERE room = ?", [id]);
