@@ -347,15 +347,13 @@ interface Visitor {
   resume: { epoch: string; after: number } | undefined; // where it left off
 }
 
-/**
- * Joining: its frames wait until its hello is out. Here: it gets every message. Refused: it was sent away, without a
- * password, or because its room was lost. Gone: its socket is closed.
- */
-type MemberState = "joining" | "here" | "refused" | "gone";
+/** Joining: its frames wait until its hello is out. Here: it gets every message. Gone: its socket is closed. */
+type MemberState = "joining" | "here" | "gone";
 
 /** One connection, as `ws.data`. */
 class Member {
   state: MemberState = "joining";
+  refusal = ""; // why it is closed at once
   ws!: Socket; // set, as the room is, when the socket opens
   room!: Room;
   heardAt = performance.now(); // when something last came from it
@@ -1234,13 +1232,10 @@ class Rooms {
     room.waiting = []; // their senders send them again
     if (room.state === "closed") return;
     this.#close(room);
-    for (const member of room.members) {
-      if (member.state !== "gone") member.state = "refused";
-      member.ws.close(CLOSE.tryAgain, `${why}: reconnect.`);
-    }
+    for (const { ws } of room.members) ws.close(CLOSE.tryAgain, `${why}: reconnect.`);
   }
 
-  /** A log cannot be read. */
+  /** A room's log cannot be used. */
   readFailed(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
     if (!this.#failing.has(room.broker.name)) this.failed(`${room}`, message);
@@ -1271,7 +1266,7 @@ class Rooms {
   /** A socket opened: joins its room. */
   enter(ws: Socket): void {
     const member = ws.data;
-    if (member.state === "refused") return ws.close(CLOSE.login, "A password is needed.");
+    if (member.refusal) return ws.close(CLOSE.login, member.refusal);
     const { visitor } = member;
     let room = this.byName.get(visitor.roomName);
     if (!room) {
@@ -1668,7 +1663,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   const resume = epoch !== null && /^\d{1,15}$/.test(after) ? { epoch, after: Number(after) } : undefined;
   const visitor = { roomName, address, network, isChat, from, role: isRefused ? "guest" : role, resume } as const;
   const data = new Member(name, visitor);
-  if (isRefused) data.state = "refused";
+  if (isRefused) data.refusal = role.statusText;
   // A browser that offers a subprotocol fails when the answer names none: the WHATWG WebSockets standard.
   const chosen: Record<string, string> = isChat ? { "Sec-WebSocket-Protocol": "chat.v1" } : {};
   if (server.upgrade(request, { data, headers: chosen })) return undefined;
@@ -1676,7 +1671,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
 }
 
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
-  return new Response(`${sentence}\n`, { status, headers });
+  return new Response(`${sentence}\n`, { status, statusText: sentence, headers });
 }
 
 /** Answers with the page, whose headers and compressed form are made once. */
