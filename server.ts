@@ -282,7 +282,7 @@ export function readConfig(env: Record<string, string | undefined>): Config {
 }
 
 /** Hides passwords in URLs: they may contain an @. */
-const withoutPassword = (urls: string) => urls.replace(/\/\/[^,]*@/g, "//…@");
+const withoutPassword = (urls: string) => urls.replace(/\/\/.*@/, "//…@");
 
 type Logger = (level: "error" | "info" | "debug", line: string) => void;
 
@@ -1728,8 +1728,17 @@ export async function* exportMessages(config: Config): AsyncGenerator<Line> {
   for (const row of rows.iterate(config.history)) yield { room: row.room, ...messageOf(row) };
 }
 
-async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
+/** @throws StartError that names the address */
+async function reachRedis(url: string): Promise<Bun.RedisClient> {
   const redis = connectRedis(url, 0);
+  await redis.connect().catch(({ message }: Error) => {
+    throw new StartError(`REDIS_URL=${withoutPassword(url)}: ${message}.`);
+  });
+  return redis;
+}
+
+async function* exportRedis(url: string, config: Config): AsyncGenerator<Line> {
+  const redis = await reachRedis(url);
   const match = `${config.prefix.replaceAll(/[\\*?[\]]/g, "\\$&")}state:*`;
   const rooms = new Set<string>();
   for (let cursor = ""; cursor !== "0";) {
@@ -1826,7 +1835,7 @@ return 1`;
 
 async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<string[]> {
   const refused: string[] = [];
-  const connections = config.redisUrls.map((url) => connectRedis(url, 0));
+  const connections = await Promise.all(config.redisUrls.map(reachRedis)); // all, before anything is written
   for (const [name, lines] of rooms) {
     const head = [randomHex(64), `${lines.at(-1)?.seq}`, idleSeconds(config)];
     const rest = lines.flatMap(({ room, ...line }) => [`${line.seq}`, line.key ?? "", JSON.stringify(line)]);
@@ -1869,13 +1878,11 @@ ${settings.join("\n")}`;
 }
 
 async function printExport(config: Config): Promise<void> {
-  const out = Bun.stdout.writer();
   let count = 0;
   for await (const line of exportMessages(config)) {
-    out.write(`${JSON.stringify(line)}\n`);
-    if (++count % CHUNK_MESSAGES === 0) await out.flush();
+    console.log(JSON.stringify(line));
+    count++;
   }
-  await out.flush();
   console.error(`${count} messages exported.`);
 }
 
