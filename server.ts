@@ -1621,16 +1621,16 @@ function makeHandlers(rooms: Rooms, access: Access) {
 }
 
 /** @throws StartError when the address is taken or not this machine's, or a TLS file is bad */
-function listen(config: Config, handlers: ReturnType<typeof makeHandlers>): Server {
+function listen(config: Config, handlers: ReturnType<typeof makeHandlers>, hostname = config.host || "::"): Server {
   const { port, host, tlsCert, tlsKey } = config;
   const tls = tlsCert === "" ? undefined : { cert: Bun.file(tlsCert), key: Bun.file(tlsKey) };
   const reusePort = config.reusePort === "1" && config.redisUrls.length > 0; // set, as Bun's default is true
   const options = { ...handlers, port, tls, maxRequestBodySize: MAX_BODY, development: false, reusePort };
   try {
-    return Bun.serve({ ...options, hostname: host || "::" }); // all interfaces, IPv4 too
+    return Bun.serve({ ...options, hostname }); // "::": all interfaces, IPv4 too
   } catch (error) {
     const { code, message } = error as { code?: string; message: string };
-    if (host === "" && code !== "EADDRINUSE") return listen({ ...config, host: "0.0.0.0" }, handlers); // no IPv6
+    if (host === "" && hostname === "::" && code !== "EADDRINUSE") return listen(config, handlers, "0.0.0.0"); // no IPv6
     const files = tls && `TLS_CERT=${tlsCert} TLS_KEY=${tlsKey} `;
     throw new StartError(`${files ?? ""}HOST=${host} PORT=${port}: cannot listen: ${message}`);
   }
