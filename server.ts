@@ -316,6 +316,7 @@ class TokenBuckets<Owner> {
 
   take(owner: Owner, count = 1): void {
     const tokens = this.#tokens(owner) - count;
+    this.#buckets.delete(owner); // used last, dropped last
     this.#buckets.set(owner, { tokens, at: performance.now() });
     dropOldest(this.#buckets, MAX_BUCKETS);
   }
@@ -386,7 +387,7 @@ class Room {
   keys: Map<number, number>[] | undefined; // SQLite: seqs by hash of the key, once needed; the newest last
   waiting: Post[] = []; // SQLite: until the keys are loaded; Redis: for the batch in flight
   heldBack: Batch[] = []; // Redis: batches that arrived while it was opening
-  readonly removed = new Set<number>(); // Redis: seqs taken back since it was opened
+  readonly removed = new Set<number>(); // Redis: seqs taken back lately
   // Set by `Rooms`:
   readonly pendingJoins = new Set<Message[]>(); // for each hello being made: what was delivered since
   readonly elsewhere = new Map<string, Here>(); // who is here on other servers
@@ -1070,7 +1071,7 @@ class RedisBroker implements Broker {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was missed`); // RULE 3
         if (message.seq === seq) next.push(message); // a lower one was read when the room was opened
-        if (message.removes) room.removed.add(message.removes);
+        if (message.removes) dropOldest(room.removed.add(message.removes), CHUNK_MESSAGES);
       }
     }
     room.last += next.length; // RULE 1: no await from here to publish
