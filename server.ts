@@ -1042,7 +1042,7 @@ class RedisBroker implements Broker {
       args.push(key ?? "", `${removes ?? ""}`, whose, rest);
     }
     const answers = (await this.#run(STORE_SCRIPT, room, args)) as Answer[] | null;
-    if (!answers) throw new Error(`${room} has a new epoch`);
+    if (!answers) return this.rooms.readFailed(room, new Error("it was replaced"));
     for (const [i, answer] of answers.entries()) {
       if (answer !== 0) this.rooms.answer(posts[i] as Post, answer);
     }
