@@ -1832,6 +1832,7 @@ for i = 4, #ARGV, 3 do
   redis.call('RPUSH', log, ARGV[i + 2])
 end
 expire(ARGV[3])
+redis.call('PUBLISH', room, '{"epoch":"' .. ARGV[1] .. '","messages":[]}') -- whoever is in the empty room comes back
 return 1`;
 
 async function importRedis(config: Config, rooms: Map<string, Line[]>): Promise<string[]> {
