@@ -69,9 +69,9 @@ const MAX_BODY = 4096; // bytes: a password
 const DAY_SECONDS = 24 * 60 * 60;
 const SESSION_SECONDS = 30 * DAY_SECONDS; // of the cookie that a password gives
 const IDENTITY_SECONDS = 365 * DAY_SECONDS; // of the cookie that makes a browser's ids
-// How long `stop` waits: together less than 3 s.
+// How long `stop` waits: with the vacuum, less than 3 s.
 const DRAIN_MS = 800; // for the store
-const CLOSE_MS = 2000; // for clients to answer the Close frame
+const CLOSE_MS = 1000; // for clients to answer the Close frame
 
 // ─── The protocol: chat.v1 ───────────────────────────────────────────────────────────────────────────────────────────
 
