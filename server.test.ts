@@ -35,9 +35,7 @@ afterEach(async () => {
 });
 afterAll(() => rmSync(FOLDER, { recursive: true, force: true }));
 
-function newFile(): string {
-  return join(FOLDER, `${++files}.sqlite`);
-}
+const newFile = () => join(FOLDER, `${++files}.sqlite`);
 
 async function start(config: Partial<Config> = {}): Promise<Chat> {
   const chat = await startChat({ port: 0, db: ":memory:", logLevel: "silent", ...config });
@@ -92,15 +90,12 @@ async function run(env: Record<string, string>, args: string[] = []) {
 }
 
 async function freePort(): Promise<number> {
-  const probe = Bun.serve({ port: 0, fetch: () => new Response() });
-  const { port } = probe;
-  await probe.stop(true);
-  return port as number;
+  using probe = Bun.listen({ hostname: "127.0.0.1", port: 0, socket: { data() {} } });
+  return probe.port;
 }
 
-function memoryOf({ pid }: { pid: number }): number {
-  return Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
-}
+const memoryOf = ({ pid }: { pid: number }) =>
+  Number(/VmRSS:\s+(\d+)/.exec(readFileSync(`/proc/${pid}/status`, "utf8"))?.[1]) / 1024;
 
 /** A new store, as a chat in this process and one of its own are told of it. */
 type MakeStore = () => Promise<{ config: Partial<Config>; env: Record<string, string> }>;
@@ -139,11 +134,11 @@ class Redis {
   #process: Bun.Subprocess | undefined;
 
   readonly folder = mkdtempSync(join(FOLDER, "redis-"));
-  readonly url: string;
 
-  private constructor(readonly port: number) {
-    this.url = `redis://127.0.0.1:${port}`;
-  }
+  private constructor(
+    readonly port: number,
+    readonly url = `redis://127.0.0.1:${port}`,
+  ) {}
 
   static async start(): Promise<Redis> {
     const redis = new Redis(await freePort());
@@ -184,9 +179,7 @@ class Redis {
 
 let shared: Promise<Redis> | undefined;
 /** One Redis for the tests that do nothing to it. */
-function sharedRedis(): Promise<Redis> {
-  return (shared ??= Redis.start());
-}
+const sharedRedis = () => (shared ??= Redis.start());
 afterAll(async () => (await shared)?.kill());
 
 /** A TCP proxy: the network between a server and its Redis, or between a page and its server. */
@@ -338,6 +331,7 @@ class Client {
   answer = "";
   /** The code of the Close frame that came, 1005 without one in it, 1006 when the connection just ended. */
   closeCode: number | undefined;
+  closeReason = "";
   ended = false;
   /** Answers no WebSocket ping, like a machine that went away. */
   dead = false;
@@ -420,6 +414,7 @@ class Client {
 
   #take(opcode: number, payload: Buffer): void {
     if (opcode === 8) this.closeCode = payload.length < 2 ? 1005 : payload.readUInt16BE(0);
+    if (opcode === 8) this.closeReason = payload.toString("utf8", 2);
     if (opcode === 9 && !this.dead) this.raw(rawFrame(payload, 10));
     if (opcode !== 1) return;
     const text = payload.toString();
@@ -1845,7 +1840,8 @@ describe("a password", () => {
     expect([refused.status, Number(refused.headers.get("retry-after")) > 0]).toEqual([429, true]);
     const headers = { Authorization: "Bearer open wide", ...from("192.0.2.1") };
     expect(await knock(url, headers)).toBe(429);
-    expect(await (await Client.connect(url, { headers })).end()).toBe(4401);
+    const locked = await Client.connect(url, { headers });
+    expect([await locked.end(), locked.closeReason]).toEqual([4401, "Too many wrong passwords: try later."]);
     expect((await login(url, "sesame", from("192.0.2.2"))).status).toBe(204);
   });
 
@@ -2328,11 +2324,13 @@ describe.skipIf(!REDIS_SERVER)("a server without its Redis", () => {
       expect(await (await Client.connect(server.url, { room: "broken" })).end()).toBe(1013);
       await (await Client.join(server.url, { room: `sound ${i}` })).say("hi");
     }
-    const [odd, sound] = await joinAll(server.url, { room: "odd" }, { room: "sound" });
+    const [odd, other, sound] = await joinAll(server.url, { room: "odd" }, { room: "other" }, { room: "sound" });
     await redis.command("PUBLISH", "chat:state:odd", "no json");
-    expect(await odd.end()).toBe(1013);
+    await redis.command("HSET", "chat:state:other", "epoch", "another");
+    other.post("hi");
+    expect([await odd.end(), await other.end()]).toEqual([1013, 1013]);
     await sound.say("hi");
-    expect(server.errors).toMatch(/^(room "(broken|odd)" (cannot be used: .+|can be used again[.])\n)+$/);
+    expect(server.errors).toMatch(/^(room "(broken|odd|other)" (cannot be used: .+|can be used again[.])\n)+$/);
   });
 });
 
@@ -2401,6 +2399,8 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
     for (const count of counts) expect(Math.abs(count - 1000 / 3)).toBeLessThan(1000 / 3 / 5);
     const again = await importMessages(readConfig({ REDIS_URL: `${urls.toReversed()}` }), lines);
     expect(again).toHaveLength(1000); // all are found where they are
+    const away = importMessages(readConfig({ REDIS_URL: `${urls},redis://:a@127.0.0.1:1` }), lines);
+    await expect(away).rejects.toThrow("REDIS_URL=redis://…@127.0.0.1:1: Connection closed.");
   });
 
   test("several Redis share the rooms, which move when there is one more", async () => {
@@ -2472,7 +2472,7 @@ describe("an operator", () => {
     expect(() => readConfig({ CHAT_PASSWROD: "x" })).toThrow("CHAT_PASSWROD: no such setting");
     expect(() => readConfig({ TLS_CERT: "cert.pem" })).toThrow("TLS_CERT and TLS_KEY: ");
     expect(() => readConfig({ CHAT_PASSWORD: "a", CHAT_OPERATOR: "a" })).toThrow("CHAT_OPERATOR: must differ");
-    expect(() => readConfig({ REDIS_URL: "http://us:pa@ss@localhost" })).toThrow("REDIS_URL=http://…@localhost: must");
+    expect(() => readConfig({ REDIS_URL: "http://us:p,a@ss@localhost" })).toThrow("REDIS_URL=http://…@localhost: must");
     expect(Object.isFrozen(readConfig({}))).toBe(true);
     const { host, port, db } = readConfig({ HOST: "[::1]", PORT: "", CHAT_DB: " " });
     expect([host, port, db]).toEqual(["::1", 8080, "chat.sqlite"]);

@@ -199,8 +199,6 @@ const randomHex = (bits: number) => randomBytes(bits / 8).toString("hex");
 const sha256 = (text: string, encoding: "hex" | "base64" | "base64url") =>
   new Bun.CryptoHasher("sha256").update(text).digest(encoding);
 const splitList = (list: string) => list.split(",").flatMap((entry) => entry.trim() || []);
-/** For what may fail without harm. */
-const ignore = () => {};
 
 // ─── Configuration ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -309,7 +307,7 @@ class TokenBuckets<Owner> {
 
   constructor(readonly rate: { readonly perSecond: number; readonly burst: number }) {}
 
-  /** Milliseconds until there is a token: 0 when there is one now. */
+  /** Milliseconds until there is a token. */
   wait(owner: Owner): number {
     return Math.max(0, Math.ceil(((1 - this.#tokens(owner)) * 1000) / this.rate.perSecond));
   }
@@ -410,7 +408,7 @@ class Room {
 
 // ─── In: receive and pace ────────────────────────────────────────────────────────────────────────────────────────────
 
-/** Takes frames from `websocket.message` (see `makeHandlers`), at each sender's rate. */
+/** Takes frames from `websocket.message`, at each sender's rate. */
 class Inbox {
   isStopping = false;
   readonly senders: TokenBuckets<Member>;
@@ -554,7 +552,7 @@ type Notice = { here?: Here; typing?: string };
 interface Broker {
   readonly name: string; // in the log
   /** Resolves when the store can be used, or when it is clear that it cannot for now. */
-  start(): Promise<void>;
+  start?(): Promise<void>;
   /** Sets the epoch, first, last and state of a room. @throws when the store cannot be reached */
   open(room: Room): Promise<void>;
   /** Ends what `open` began. */
@@ -569,7 +567,7 @@ interface Broker {
   stop(): void;
 }
 
-/** Batches items under load, as long as sending takes; after a quiet time, handles one at once. */
+/** Batches items under load, longer in large rooms; after a quiet time, handles one at once. */
 class Gatherer<Item extends { room: Room }> {
   readonly #items: Item[] = [];
   #characters = 0;
@@ -668,11 +666,8 @@ class SqliteBroker implements Broker {
     this.#close = close;
     this.#select = db.query(`SELECT ${COLUMNS} FROM messages WHERE room = ? AND seq BETWEEN ? AND ? ORDER BY seq DESC`);
     this.#storeAll = db.transaction((posts: Post[]) => posts.map((post) => this.#store(post))).immediate;
-  }
-
-  async start(): Promise<void> {
     // Not at once: a restored backup must not be emptied before anyone has looked at it.
-    const { idleDays, expireMs } = this.rooms.config;
+    const { idleDays, expireMs } = rooms.config;
     if (idleDays > 0) this.#expiring = setInterval(() => void this.#forgetIdle(), expireMs);
   }
 
@@ -1006,7 +1001,7 @@ class RedisBroker implements Broker {
 
   close(room: Room): void {
     this.tell(room, { here: { ids: [], nameless: 0, people: [] } });
-    this.#link?.subscriber.unsubscribe(this.#keys(room)[0]).catch(ignore);
+    this.#link?.subscriber.unsubscribe(this.#keys(room)[0]).catch(() => {});
   }
 
   append(post: Post): void {
@@ -1090,7 +1085,7 @@ class RedisBroker implements Broker {
 
   tell(room: Room, notice: Notice): void {
     const text = JSON.stringify({ server: this.#server, ...notice });
-    this.#link?.commands.publish(this.#keys(room)[0], text).catch(ignore);
+    this.#link?.commands.publish(this.#keys(room)[0], text).catch(() => {});
   }
 
   async finish(): Promise<void> {
@@ -1198,7 +1193,7 @@ class Rooms {
   brokerOf!: (room: string) => Broker;
   readonly byName = new Map<string, Room>(); // the open ones
   readonly #hellos = new Map<Room, Promise<string>>(); // of each room, without what differs between clients, as JSON
-  readonly #failing = new Set<string>(); // stores and logs, as they were logged
+  readonly #failing = new Set<string>(); // stores and rooms, as they were logged
   readonly members = () => [...this.byName.values()].flatMap(({ members }) => [...members]);
 
   constructor(
@@ -1243,7 +1238,7 @@ class Rooms {
     this.lose(room, "The store cannot be reached"); // RULE 3
   }
 
-  /** Logs that a store, or the log of a room, cannot be used: once, until it works again. */
+  /** Logs that a store or a room cannot be used: once, until it works again. */
   failed(what: string, why: string): void {
     if (!this.#failing.has(what)) this.log("error", `${what} cannot be used: ${why}`);
     this.#failing.add(what);
@@ -1305,7 +1300,6 @@ class Rooms {
     let newest = this.#hellos.get(room);
     if (!newest) {
       newest = this.#makeHello(room, Math.max(firstKept(room, this.config), room.last - PAGE_MESSAGES + 1), false);
-      newest.catch(() => this.#hellos.delete(room)); // the next who joins reads again
       this.#hellos.set(room, newest);
       dropOldest(this.#hellos, CACHED_HELLOS);
     }
@@ -1560,7 +1554,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   const brokers = config.redisUrls.map((url): Broker => new RedisBroker(url, rooms));
   if (brokers.length === 0) brokers.push(new SqliteBroker(rooms));
   rooms.brokerOf = (room) => brokers[homeOf(room, config.redisUrls)] as Broker;
-  await Promise.all(brokers.map((broker) => broker.start()));
+  await Promise.all(brokers.map((broker) => broker.start?.()));
   try {
     rooms.server = listen(config, makeHandlers(rooms, access));
   } catch (error) {
