@@ -385,7 +385,7 @@ class Room {
   keys: Map<number, number>[] | undefined; // SQLite: seqs by hash of the key, once needed; the newest last
   waiting: Post[] = []; // SQLite: until the keys are loaded; Redis: for the batch in flight
   heldBack: Batch[] = []; // Redis: batches that arrived while it was opening
-  readonly removed = new Set<number>(); // Redis: seqs taken back lately
+  readonly takenBack = new Set<number>(); // Redis: seqs, the newest only
   // Set by `Rooms`:
   readonly pendingJoins = new Set<Message[]>(); // for each hello being made: what was delivered since
   readonly elsewhere = new Map<string, Here>(); // who is here on other servers
@@ -429,7 +429,7 @@ class Inbox {
     const frame = member.visitor.isChat ? parseFrame(data) : ({ type: "post", key: "", text: data } as const);
     // A ping now and then passes the queue, or a slowed client would take its connection for dead.
     const passes = frame.type === "ping" && member.heardAt - member.pongedAt >= PONG_MS;
-    if (!passes || member.state !== "here") return this.pace(member, frame, data.length);
+    if (!passes || member.state !== "here") return this.pace(member, frame, Buffer.byteLength(data));
     member.pongedAt = member.heardAt;
     ws.send(PONG);
   }
@@ -513,7 +513,7 @@ class Inbox {
     const from = Math.max(firstKept(room, this.rooms.config), to - PAGE_MESSAGES + 1);
     room.broker.read(room, from, to).then(
       (messages) => ws.send(encode({ type: "page", messages })),
-      (error: Error) => this.rooms.readFailed(room, error),
+      (error: Error) => this.rooms.roomFailed(room, error),
     );
   }
 
@@ -685,7 +685,7 @@ class SqliteBroker implements Broker {
     const { room, text, key } = post;
     if (room.waiting.length === 0 && (room.keys || !key)) return this.#gatherer.add(post, text.length);
     if (room.waiting.push(post) > 1) return; // the keys are being read already
-    const loading = this.#loadKeys(room).catch((error: Error) => this.rooms.readFailed(room, error));
+    const loading = this.#loadKeys(room).catch((error: Error) => this.rooms.roomFailed(room, error));
     const done = () => void this.#loading.delete(room.name);
     this.#loading.set(room.name, loading.then(done));
   }
@@ -987,9 +987,9 @@ class RedisBroker implements Broker {
   }
 
   async open(room: Room): Promise<void> {
-    const hear = (text: string) => this.#onNotice(room, text).catch((error) => this.rooms.readFailed(room, error));
+    const hear = (text: string) => this.#onNotice(room, text).catch((error) => this.rooms.roomFailed(room, error));
     await this.#link?.subscriber.subscribe(this.#keys(room)[0], hear);
-    const [epoch, last, length] = (await this.#run(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
+    const [epoch, last, length] = (await this.#eval(OPEN_SCRIPT, room, [randomHex(64)])) as [string, number, number];
     if (room.state === "closed" || !this.#link) return;
     room.epoch = `${epoch}-${this.#link.run}`;
     room.first = last - length + 1;
@@ -1036,8 +1036,8 @@ class RedisBroker implements Broker {
       const rest = JSON.stringify({ at, name, from, text, removes, key }).slice(1);
       args.push(key ?? "", `${removes ?? ""}`, whose, rest);
     }
-    const answers = (await this.#run(STORE_SCRIPT, room, args)) as Answer[] | null;
-    if (!answers) return this.rooms.readFailed(room, new Error("it was replaced"));
+    const answers = (await this.#eval(STORE_SCRIPT, room, args)) as Answer[] | null;
+    if (!answers) return this.rooms.roomFailed(room, new Error("it was replaced"));
     for (const [i, answer] of answers.entries()) {
       if (answer !== 0) this.rooms.answer(posts[i] as Post, answer);
     }
@@ -1066,7 +1066,7 @@ class RedisBroker implements Broker {
         const seq = room.last + next.length + 1;
         if (message.seq > seq) return this.rooms.lose(room, `Message ${seq} was missed`); // RULE 3
         if (message.seq === seq) next.push(message); // a lower one was read when the room was opened
-        if (message.removes) dropOldest(room.removed.add(message.removes), CHUNK_MESSAGES);
+        if (message.removes) dropOldest(room.takenBack.add(message.removes), CHUNK_MESSAGES);
       }
     }
     room.last += next.length; // RULE 1: no await from here to publish
@@ -1076,11 +1076,11 @@ class RedisBroker implements Broker {
   async read(room: Room, from: number, to: number): Promise<Message[]> {
     if (to < from) return [];
     const args = [logEpoch(room), `${from}`, `${to}`];
-    const texts = (await this.#run(READ_SCRIPT, room, args)) as string[] | null;
+    const texts = (await this.#eval(READ_SCRIPT, room, args)) as string[] | null;
     if (!texts) throw new Error("it was replaced");
     const messages = newestThatFit(texts.map((text) => JSON.parse(text) as Message));
     // What was read may be older than a removal that was heard meanwhile.
-    return messages.map((each) => (room.removed.has(each.seq) ? { ...each, text: "", removed: true } : each));
+    return messages.map((each) => (room.takenBack.has(each.seq) ? { ...each, text: "", removed: true } : each));
   }
 
   tell(room: Room, notice: Notice): void {
@@ -1160,7 +1160,7 @@ class RedisBroker implements Broker {
   }
 
   /** Sent whole: Redis may have forgotten its hash. */
-  async #run(script: string, room: Room, args: string[]): Promise<unknown> {
+  async #eval(script: string, room: Room, args: string[]): Promise<unknown> {
     if (!this.#link) throw new Error("Redis is away");
     return this.#link.commands.send("EVAL", [script, "3", ...this.#keys(room), ...args]);
   }
@@ -1232,7 +1232,7 @@ class Rooms {
   }
 
   /** A room's log cannot be used. */
-  readFailed(room: Room, { message }: Error): void {
+  roomFailed(room: Room, { message }: Error): void {
     if (room.state === "closed") return;
     if (!this.#failing.has(room.broker.name)) this.failed(`${room}`, message);
     this.lose(room, "The store cannot be reached"); // RULE 3
@@ -1276,7 +1276,7 @@ class Rooms {
     const hello = visitor.isChat && !visitor.resume && Bun.peek(this.#hellos.get(room));
     // One that is ready leaves in one packet with the handshake.
     if (typeof hello === "string") this.#admit(member, hello);
-    else this.#join(member, room).catch((error: Error) => this.readFailed(room, error));
+    else this.#join(member, room).catch((error: Error) => this.roomFailed(room, error));
   }
 
   /** Reads what a member needs first, then lets it in. */
@@ -1469,7 +1469,7 @@ type Password = { role: Role; password: string; key: Buffer; cookie: string };
  * its expiry time, signed; nothing is stored, and a new password ends it.
  */
 class Access {
-  readonly wrong = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
+  readonly wrongTries = new TokenBuckets<string>({ perSecond: 1 / 60, burst: FREE_TRIES }); // by address
   readonly #passwords: Password[] = [];
   readonly isOpen: boolean; // nobody is asked
 
@@ -1516,11 +1516,11 @@ class Access {
   /** An address that guesses must wait. */
   #try(given: string, request: Request, server: Server): Password | Response {
     const network = networkOf(addressOf(request, server, this.config.proxies));
-    const wait = Math.ceil(this.wrong.wait(network) / 1000);
+    const wait = Math.ceil(this.wrongTries.wait(network) / 1000);
     if (wait > 0) return refuse(429, "Too many wrong passwords: try later.", { "Retry-After": `${wait}` });
     // All are compared, so that the time tells nothing.
     const [found] = this.#passwords.filter(({ key, password }) => isEqual(key, given, password));
-    if (!found) this.wrong.take(network);
+    if (!found) this.wrongTries.take(network);
     return found ?? refuse(401, "The password is wrong.", BEARER);
   }
 }
@@ -1563,7 +1563,7 @@ export async function startChat(overrides: Partial<Config> = {}): Promise<Chat> 
   }
   const sweeping = setInterval(() => {
     rooms.checkSilence();
-    for (const buckets of [inbox.senders, inbox.addresses, access.wrong]) buckets.forgetFull();
+    for (const buckets of [inbox.senders, inbox.addresses, access.wrongTries]) buckets.forgetFull();
   }, config.silenceSeconds * 100); // ms: a tenth of it
   const stop = async () => {
     const closed = rooms.server.stop(); // accepts no more; its sockets live on
