@@ -47,9 +47,7 @@ function spawn(env: Record<string, string>, args: string[] = []) {
   const server = Bun.spawn([process.execPath, "run", SERVER, ...args], {
     env: { PATH: process.env.PATH, HOME: FOLDER, PORT: "0", CHAT_DB: ":memory:", ...env },
     cwd: FOLDER,
-    stdin: "ignore",
-    stdout: "pipe",
-    stderr: "pipe",
+    stdio: ["ignore", "pipe", "pipe"],
   });
   started.push(() => server.kill("SIGKILL"));
   return server;
@@ -701,6 +699,9 @@ async function fill(url: string, room: string, count: number, text = (n: number)
   return client;
 }
 
+/** In the page: where an element is. */
+const boxOf = (selector: string) => document.querySelector(selector)!.getBoundingClientRect().toJSON() as any;
+
 /** Lets the browser draw: what a scroll or a resize sets off has happened then. */
 async function drawn(tab: Tab): Promise<void> {
   await tab.run(
@@ -1105,17 +1106,17 @@ describe("a chat.v1 client", () => {
     const ann = await Client.join(url);
     const longest = "🙂".repeat(32);
     await ann.say("one");
-    const names = ["安", longest, "", "   ", "a\nb", "a\u0000", "\u2028", "团".repeat(33)];
+    const names = ["安", longest, "", "   ", "a\nb", "a\u0000", "\u2028", "a\u202eb", "团".repeat(33)];
     for (const name of names) ann.send({ type: "name", name });
     await ann.say("two");
     expect(ann.messages.map(({ name }) => name)).toEqual(["Guest", longest]);
-    expect(ann.all("error").map(({ code }) => code)).toEqual(Array(6).fill("bad-name"));
+    expect(ann.all("error").map(({ code }) => code)).toEqual(Array(7).fill("bad-name"));
   });
 
   test("is told in words what was wrong with a post, with its key, and stays", async () => {
     const { url } = await start();
     const ann = await Client.join(url);
-    ann.post("", "empty");
+    ann.post(" \n", "empty");
     ann.post("团".repeat(5462), "long"); // 16,386 bytes of UTF-8
     ann.post("hi", "no spaces");
     ann.post("hi", "x".repeat(65));
@@ -2356,7 +2357,7 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
   });
 
   test("presence is right again after people were sent away and came back", async () => {
-    const { redis, wire, servers } = await stage(0);
+    const { wire, servers } = await stage(0);
     const [ann] = await joinAll(servers, "Ann");
     for (let time = 0; time < 3; time++) {
       const cy = await joinWhenOpen(servers[2].url, { name: "Cy" });
@@ -2364,11 +2365,6 @@ describe.skipIf(!REDIS_SERVER)("with Redis", () => {
       wire.cut();
       expect(await cy.end()).toBe(1013);
     }
-    await redis.command("FLUSHALL");
-    expect(await ann.end()).toBe(1013);
-    const bea = await joinWhenOpen(servers[0].url, { name: "Bea" });
-    const di = await joinWhenOpen(servers[2].url, { name: "Di" });
-    for (const client of [bea, di]) await client.sees(2, "Bea", "Di");
   });
 
   test("a room leaves after CHAT_IDLE_DAYS, never with 0, and stays while somebody is in it", async () => {
@@ -2473,9 +2469,8 @@ describe("an operator", () => {
     expect(() => readConfig({ TLS_CERT: "cert.pem" })).toThrow("TLS_CERT and TLS_KEY: ");
     expect(() => readConfig({ CHAT_PASSWORD: "a", CHAT_OPERATOR: "a" })).toThrow("CHAT_OPERATOR: must differ");
     expect(() => readConfig({ REDIS_URL: "http://us:p,a@ss@localhost" })).toThrow("REDIS_URL=http://…@localhost: must");
-    expect(Object.isFrozen(readConfig({}))).toBe(true);
-    const { host, port, db } = readConfig({ HOST: "[::1]", PORT: "", CHAT_DB: " " });
-    expect([host, port, db]).toEqual(["::1", 8080, "chat.sqlite"]);
+    const read = readConfig({ HOST: "[::1]", PORT: "", CHAT_DB: " " });
+    expect([read.host, read.port, read.db, Object.isFrozen(read)]).toEqual(["::1", 8080, "chat.sqlite", true]);
     const said = "CHAT_RATE=many: must be a whole number from 0 to 1000000.\n";
     expect(await run({ CHAT_RATE: "many" })).toEqual({ code: 1, out: "", said });
   });
@@ -2734,7 +2729,7 @@ describePage("in a browser", () => {
     await tab.view.click("#text");
     await tab.view.type("x");
     const { name } = await bo.first("typing");
-    const others = await joinAll(url, name, "\u202Eone", "2", "3", "4");
+    const others = await joinAll(url, name, "one", "2", "3", "4");
     for (const other of others.slice(0, 2)) other.send({ type: "typing" }); // in another tab of one's own, too
     await untilSays(tab, "#typing", "one is typing…");
     for (const other of others.slice(2)) other.send({ type: "typing" });
@@ -2897,7 +2892,7 @@ describePage("nothing is lost in the page", () => {
 describePage("who is who, and taking it back", () => {
   test("two people of one name are told apart by colour and by the start of an id, in the log and in the list", async () => {
     const { url } = await start();
-    const names = ["Ann", "Ann", "ÁNN\u200B", "Ann"]; // the last is a script, without an id
+    const names = ["Ann", "Ann", "Á NN\u3164\u200B", "Ann"]; // the last is a script, without an id
     const me = (n: number) => ["a", "b", "c"][n]?.repeat(22);
     const clients = await joinAll(url, ...names.map((name, n) => ({ name, me: me(n) })));
     for (const [n, client] of clients.entries()) await client.say(`from ${n}`);
@@ -2953,6 +2948,23 @@ describePage("who is who, and taking it back", () => {
     ]);
     await two.view.reload();
     await two.untilText("Message removed");
+  });
+
+  test("a tap on a message brings up what can be done with it, and does none of it", async () => {
+    const { tab } = await startWithTab();
+    for (const text of ["one", "two"]) await tab.say(text);
+    await tab.untilText("two", "sent");
+    await tab.view.cdp("Emulation.setEmulatedMedia", { features: [{ name: "hover", value: "none" }] }); // as on a phone
+    const { right, top } = await tab.run(boxOf, ".own + .own .text");
+    await tab.view.cdp("Input.dispatchTouchEvent", {
+      type: "touchStart",
+      touchPoints: [{ x: right - 20, y: top + 8 }],
+    });
+    await tab.view.cdp("Input.dispatchTouchEvent", { type: "touchEnd", touchPoints: [] });
+    await tab.until("its row", () => document.activeElement!.matches(".own"));
+    await tab.say("three");
+    await tab.untilText("three", "sent");
+    expect(await tab.texts()).toEqual(["one", "two", "three"]);
   });
 
   test("what is taken back without a server is taken back when there is one", async () => {
@@ -3051,8 +3063,7 @@ describePage("search, answers, mentions", () => {
     await tab.run(() => document.querySelector<HTMLElement>("#log")!.focus());
     await tab.view.press("/");
     await search(tab, "message", Array(5).fill("Message"));
-    const box = () => document.querySelector("#search")!.getBoundingClientRect().toJSON();
-    expect(await tab.run(box)).toMatchObject({ x: 0, y: 0, width: 320, height: 480 });
+    expect(await tab.run(boxOf, "#search")).toMatchObject({ x: 0, y: 0, width: 320, height: 480 });
     for (const key of ["Enter", "ArrowDown", "ArrowDown", "ArrowUp"] as const) await tab.view.press(key);
     expect(await focused(tab)).toBe("4");
     await tab.view.press("Escape");
@@ -3337,7 +3348,7 @@ describePage("what people write", () => {
 
   test("a battery of names appears as it was given", async () => {
     const { url } = await start();
-    const names = ["<b>bold</b>", '"onclick="alert(1)', "__proto__", "\u202Eevil", "👩‍👩‍👧", "$& $1 `", "(.*)+["];
+    const names = ["<b>bold</b>", '"onclick="alert(1)', "__proto__", "\u200Fevil", "👩‍👩‍👧", "$& $1 `", "(.*)+["];
     const tab = await Tab.join(url, { width: 1000 });
     for (const name of names) (await Client.join(url, { name })).post("x", `n${names.indexOf(name)}`);
     const count = names.length;
@@ -3410,7 +3421,6 @@ describePage("attention, language, form", () => {
       document.querySelector<HTMLElement>("#show-rooms")!.click();
     });
     await tab.until("both", () => !document.querySelector<HTMLElement>("#newer")!.hidden);
-    const boxOf = (selector: string) => document.querySelector(selector)!.getBoundingClientRect().toJSON() as any;
     for (const width of [320, 800, 1000, 1400]) {
       await tab.size(width, 600);
       await drawn(tab);
@@ -3420,9 +3430,6 @@ describePage("attention, language, form", () => {
       expect(await tab.run(boxOf, ".message")).toMatchObject({ left, width: wide });
     }
     expect(await tab.run(() => document.querySelector("#rooms")!.matches(":popover-open"))).toBe(false);
-    const borders = () =>
-      ["#rooms", "#who"].map((panel) => getComputedStyle(document.querySelector(panel)!).borderWidth);
-    expect(await tab.run(borders)).toEqual(["0px 1px 0px 0px", "0px 0px 0px 1px"]);
   });
 
   test("nothing scrolls sideways and nothing is cut off at 320 pixels", async () => {
@@ -3488,13 +3495,11 @@ describePage("attention, language, form", () => {
 
   test.each([false, true])("every text has a contrast of 4.5 to 1 (dark: %p)", async (dark) => {
     const { bo, tab } = await startWithTab({ dark, width: 1300 });
-    const name = await textOf(tab, "#me");
-    bo.post(`\`code\` https://a.example @${name}`, "k1");
+    bo.post(`\`code\` https://a.example @${await textOf(tab, "#me")}`, "k1");
     await tab.say("mine `code` https://b.example");
     await tab.say("é".repeat(8193));
     await tab.until("all", () => document.querySelectorAll(".message").length === 3);
-    const low = await tab.run(lowContrasts);
-    expect(low).toEqual([]);
+    expect(await tab.run(lowContrasts)).toEqual([]);
   });
 });
 
@@ -3582,12 +3587,7 @@ describe("without a layout", () => {
     const { url } = await start();
     const bo = await Client.join(url, { name: "Bo" });
     const page = await openPage(url, ["en"], (window) => {
-      const forbidden = {
-        get: () => {
-          throw new Error("storage is forbidden");
-        },
-      };
-      Object.defineProperty(window, "localStorage", forbidden);
+      Object.defineProperty(window, "localStorage", { get: () => JSON.parse("forbidden") }); // throws
       Object.defineProperty(window, "Notification", { value: undefined });
     });
     page.say("hi Bo");

@@ -142,7 +142,7 @@ export type ErrorCode = keyof typeof ERRORS;
 const CLOSE = { goingDown: 1001, binary: 1003, protocol: 1008, tooBig: 1009, bug: 1011, tryAgain: 1013, login: 4401 };
 const KEY = /^[A-Za-z0-9_-]{1,64}$/;
 const ID = /^[A-Za-z0-9_-]{12}$/;
-const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}]/u;
+const CONTROL = /[\p{Cc}\p{Zl}\p{Zp}\u202a-\u202e\u2066-\u2069]/u; // and what turns texts around
 
 /** Checks the fields of a `chat.v1` frame and their types: a number is a seq. Texts are checked where they are used. */
 function parseFrame(data: string): ClientFrame | ErrorFrame {
