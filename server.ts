@@ -49,7 +49,7 @@ const PONG_MS = 1000; // between two pongs that do not wait for the rate
 // Rates: CHAT_RATE is that of one connection.
 const BURST_SECONDS = 10; // worth of frames that a silent sender may send at once
 const ADDRESS_CONNECTIONS = 10; // worth of frames that one address may send
-const PAGE_TOKENS = 10; // of its address: a page costs as much as ten posts
+const PAGE_TOKENS = 10; // of its address, for a page
 const FREE_TRIES = 5; // wrong passwords of an address at once; then one a minute
 const MAX_BUCKETS = 10_000; // of each kind
 // What is buffered for one connection.
@@ -502,7 +502,7 @@ class Inbox {
     const { isChat, from } = visitor;
     if (isTooLong(text)) return isChat ? errorFrame("too-long", key) : void ws.close(CLOSE.tooBig, ERRORS["too-long"]);
     if (isChat && !KEY.test(key)) return errorFrame("bad-key");
-    if (isChat && text === "" && removes === undefined) return errorFrame("empty", key);
+    if (isChat && text.trim() === "" && removes === undefined) return errorFrame("empty", key);
     // A lone surrogate has no UTF-8: replaced now, it looks the same live and later.
     text = text.toWellFormed();
     room.broker.append({ room, sender: ws.data, at: Date.now(), name, from, text, removes, key: key || undefined });
