@@ -23,7 +23,6 @@ const SERVER = join(import.meta.dir, "server.ts");
 const FOLDER = mkdtempSync(join(tmpdir(), "chat-test-"));
 /** Milliseconds after which what should have come is missing. No test is about time: this only ends a failed one. */
 const DEADLINE_MS = 20_000;
-
 setDefaultTimeout(60_000);
 
 let files = 0;
@@ -1590,10 +1589,11 @@ describeStore("the store", (make) => {
     ann.postAll(1030);
     await ann.untilMessages(1030);
     expect(textsOf(await readLog(url))).toEqual(numbered(981, 1030));
-    await ann.say("so old that nobody knows its key", "k1");
+    const old = config.db ? "k970" : "k1"; // Redis forgets a key when it trims its message
+    await ann.say("so old that nobody knows its key", old);
     for (let n = 1032; n <= 1060; n++) await ann.say(`m${n}`);
     await eventually("the end of the trimming", async () => (await exported(config)).length < 152);
-    for (const key of ["k1", "k1011", "k1020"]) ann.post("sent again", key);
+    for (const key of [old, "k1011", "k1020"]) ann.post("sent again", key);
     await ann.nth("ack", 3);
     expect(ann.all("ack").map(({ seq }) => seq)).toEqual([1031, 1011, 1020]);
     const rooms = (await exported({ ...config, history: 50 })).map(({ room }) => room).toSorted();
