@@ -965,7 +965,7 @@ type Link = { commands: Bun.RedisClient; subscriber: Bun.RedisClient; run: strin
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
 class RedisBroker implements Broker {
-  readonly #server = randomHex(64); // this server's name among those that share the Redis
+  #server = ""; // names this server; new with each link
   #link: Link | undefined; // undefined while Redis is away
   readonly #storing = new Set<Room>(); // a batch of theirs is in flight
   readonly #alive = new Map<string, number>(); // the last sign of life of each server
@@ -1138,6 +1138,7 @@ class RedisBroker implements Broker {
     await Promise.all([commands.connect(), subscriber.connect()]);
     await commands.send("SET", [`${prefix}data`, randomHex(64), "NX"]);
     link.run = await this.#readRun(link);
+    this.#server = randomHex(64);
     await subscriber.subscribe(`${prefix}servers`, (server) => void this.#alive.set(server, performance.now()));
   }
 
