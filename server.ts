@@ -965,7 +965,7 @@ type Link = { commands: Bun.RedisClient; subscriber: Bun.RedisClient; run: strin
 
 /** Keeps the logs of its rooms in one Redis, which any number of servers share. */
 class RedisBroker implements Broker {
-  #server = ""; // names this server; new with each link
+  #server = ""; // its name on this link
   #link: Link | undefined; // undefined while Redis is away
   readonly #storing = new Set<Room>(); // a batch of theirs is in flight
   readonly #alive = new Map<string, number>(); // the last sign of life of each server
@@ -1877,7 +1877,7 @@ ${settings.join("\n")}`;
 async function printExport(config: Config): Promise<void> {
   let count = 0;
   for await (const line of exportMessages(config)) {
-    console.log(JSON.stringify(line));
+    await Bun.write(Bun.stdout, `${JSON.stringify(line)}\n`);
     count++;
   }
   console.error(`${count} messages exported.`);
