@@ -1114,14 +1114,14 @@ describe("a chat.v1 client", () => {
   test("is told in words what was wrong with a post, with its key, and stays", async () => {
     const { url } = await start();
     const ann = await Client.join(url);
-    ann.post(" \n", "empty");
+    for (const text of ["", " \n"]) ann.post(text, "empty");
     ann.post("团".repeat(5462), "long"); // 16,386 bytes of UTF-8
     ann.post("hi", "no spaces");
     ann.post("hi", "x".repeat(65));
     ann.post("团".repeat(5461), "fits");
     expect((await ann.untilMessages(1))[0]?.key).toBe("fits");
     const errors = ann.all("error").map(({ code, key }) => `${code} ${key}`);
-    expect(errors).toEqual(["empty empty", "too-long long", "bad-key undefined", "bad-key undefined"]);
+    expect(errors).toEqual(["empty empty", "empty empty", "too-long long", "bad-key undefined", "bad-key undefined"]);
     for (const { text } of ann.all("error")) expect(text).toMatch(/^[A-Z].+[.]$/);
   });
 });
@@ -2956,10 +2956,8 @@ describePage("who is who, and taking it back", () => {
     await tab.untilText("two", "sent");
     await tab.view.cdp("Emulation.setEmulatedMedia", { features: [{ name: "hover", value: "none" }] }); // as on a phone
     const { right, top } = await tab.run(boxOf, ".own + .own .text");
-    await tab.view.cdp("Input.dispatchTouchEvent", {
-      type: "touchStart",
-      touchPoints: [{ x: right - 20, y: top + 8 }],
-    });
+    const touchPoints = [{ x: right - 20, y: top + 8 }];
+    await tab.view.cdp("Input.dispatchTouchEvent", { type: "touchStart", touchPoints });
     await tab.view.cdp("Input.dispatchTouchEvent", { type: "touchEnd", touchPoints: [] });
     await tab.until("its row", () => document.activeElement!.matches(".own"));
     await tab.say("three");
@@ -3430,6 +3428,8 @@ describePage("attention, language, form", () => {
       expect(await tab.run(boxOf, ".message")).toMatchObject({ left, width: wide });
     }
     expect(await tab.run(() => document.querySelector("#rooms")!.matches(":popover-open"))).toBe(false);
+    const borders = () => ["#rooms", "#who"].map((id) => getComputedStyle(document.querySelector(id)!).borderWidth);
+    expect(await tab.run(borders)).toEqual(["0px 1px 0px 0px", "0px 0px 0px 1px"]);
   });
 
   test("nothing scrolls sideways and nothing is cut off at 320 pixels", async () => {
