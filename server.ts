@@ -633,17 +633,12 @@ const SEED = randomBytes(8).readBigUInt64LE(); // so that nobody can make two ke
 const hashOf = (key: string) => Number(BigInt.asUintN(53, BigInt(Bun.hash(key, SEED))));
 
 /** Keeps a key in the newest of several Maps: one of a million stops the server for 0.1 s when it grows. */
-function addKey(keys: Map<number, number>[], key: string, seq: number, { history }: Config): void {
+function addKey(keys: Map<number, number>[], hash: number, seq: number, { history }: Config): void {
   const full = Math.min(MAX_KEYS, history);
   if ((keys.at(-1)?.size ?? full) === full) keys.push(new Map());
   // The full ones that are left hold all that is kept.
   if ((keys.length - 2) * full >= history) keys.shift();
-  keys.at(-1)?.set(hashOf(key), seq);
-}
-
-function findKey(keys: Map<number, number>[] = [], key = ""): number {
-  const hash = hashOf(key);
-  return keys.findLast((seqs) => seqs.has(hash))?.get(hash) ?? 0;
+  keys.at(-1)?.set(hash, seq);
 }
 
 /** Keeps the logs in one SQLite file: commits a batch in one transaction, then delivers it. */
@@ -696,7 +691,7 @@ class SqliteBroker implements Broker {
     const keys: Map<number, number>[] = [];
     for (let last = firstKept(room, this.rooms.config) - 1; last < room.last; await Bun.sleep(0)) {
       const rows = step.values(room.row, last, CHUNK_MESSAGES) as [string | null, number][];
-      for (const [key, seq] of rows) if (key) addKey(keys, key, seq, this.rooms.config);
+      for (const [key, seq] of rows) if (key) addKey(keys, hashOf(key), seq, this.rooms.config);
       last = rows.at(-1)?.[1] ?? room.last;
     }
     room.keys = keys;
@@ -728,7 +723,8 @@ class SqliteBroker implements Broker {
 
   /** Inserts a post as the next message. If the commit fails, the room is lost, and with it what is changed here. */
   #store({ room, sender, at, name, from, text, removes, key }: Post): Message | Answer {
-    const known = findKey(room.keys, key);
+    const hash = hashOf(key ?? "");
+    const known = room.keys?.findLast((seqs) => seqs.has(hash))?.get(hash) ?? 0;
     const isKept = known >= firstKept(room, this.rooms.config);
     // Another key may have the same hash.
     if (isKept && this.#select.get(room.row, known, known)?.key === key) return known;
@@ -737,7 +733,7 @@ class SqliteBroker implements Broker {
     if (room.row === 0) room.row = Number(this.#db.query(INSERT_ROOM).run(room.name, room.epoch).lastInsertRowid);
     const seq = ++room.last;
     this.#db.query<never, any[]>(INSERT_MESSAGE).run(room.row, seq, at, name, from, text, removes, null, key);
-    if (key && room.keys) addKey(room.keys, key, seq, this.rooms.config);
+    if (key && room.keys) addKey(room.keys, hash, seq, this.rooms.config);
     return { seq, at, name, from, text, removes, key };
   }
 
