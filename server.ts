@@ -1662,6 +1662,7 @@ function handshake(request: Request, url: URL, server: Server, access: Access): 
   return refuse(400, "The WebSocket handshake is incomplete.");
 }
 
+/** Bun ignores the statusText: it is for the Close frame. */
 function refuse(status: number, sentence: string, headers: Record<string, string> = {}): Response {
   return new Response(`${sentence}\n`, { status, statusText: sentence, headers });
 }
